@@ -1,0 +1,80 @@
+"""Masks at one bit a weight, and where they sit in a masked module.
+
+Polarity: True (bit 1) = kept. Bit `i` of byte `b` is flat weight `8 b + i` (least significant bit first). The bits
+of parameter `name` are the non-persistent buffer `_gapfx_mask_<name>` of the module that owns the parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASK_PREFIX = "_gapfx_mask_"
+
+
+@cache
+def _bit_values(device: torch.device) -> Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+@cache
+def _bytes_as_bools(device: torch.device) -> Tensor:
+    """Row v holds the 8 bools of byte v, viewed as one int64 so that unpacking is a single gather."""
+    value = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    return (value & _bit_values(device)).ne(0).view(torch.int64).flatten()
+
+
+def num_bytes(numel: int) -> int:
+    """Bytes of the packed mask of `numel` weights."""
+    return (numel + 7) // 8
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bool mask of any shape -> uint8 bits, shape [ceil(numel / 8)]; spare bits are 0."""
+    flat = F.pad(mask.detach().flatten().to(torch.uint8), (0, -mask.numel() % 8))
+    return (flat.view(-1, 8) * _bit_values(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: Iterable[int]) -> Tensor:
+    """Packed uint8 bits -> bool mask of `shape`."""
+    size = tuple(shape)
+    bools = _bytes_as_bools(bits.device)[bits.int()].view(torch.bool)
+    return bools[: math.prod(size)].view(size)
+
+
+def count_kept(bits: Tensor) -> int:
+    """Number of 1 bits."""
+    return int(unpack(bits, (bits.numel() * 8,)).sum())
+
+
+def digest(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over FQNs and packed bits: equal on two ranks exactly when all their masks are."""
+    total = hashlib.sha256()
+    for fqn in sorted(masks):
+        total.update(fqn.encode() + b"\0")
+        total.update(masks[fqn].cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def split_fqn(fqn: str) -> tuple[str, str]:
+    """`a.b.weight` -> (`a.b`, `weight`): the owner's FQN and the parameter's name in it."""
+    owner, _, name = fqn.rpartition(".")
+    return owner, name
+
+
+def bits_of(module: nn.Module, fqn: str) -> Tensor:
+    """The packed mask buffer of parameter `fqn`; raises AttributeError when it has no mask."""
+    owner, name = split_fqn(fqn)
+    return cast(Tensor, getattr(module.get_submodule(owner), MASK_PREFIX + name))
+
+
+def write_bits(module: nn.Module, fqn: str, bits: Tensor) -> None:
+    """Copy packed bits into the mask buffer of parameter `fqn`, in place."""
+    bits_of(module, fqn).copy_(bits)

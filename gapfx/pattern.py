@@ -1,0 +1,181 @@
+"""Sparsity patterns: which sets of weights may be zero together, and the exact mask of a score.
+
+A pattern is a frozen dataclass with `mask(score, sparsity)`. Text forms: `unstructured`, `2:4`, `block:4x1`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+from gapfx.errors import UserError
+from gapfx.registry import Registry
+
+
+class Pattern(Protocol):
+    """What a sparsity pattern can do; a plug-in writes these four."""
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """Bool mask of the score's shape, True = kept, with exactly `num_kept` True values."""
+        ...
+
+    def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
+        """Number of kept weights of a tensor of this shape."""
+        ...
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a tensor of this shape cannot have the pattern, or None."""
+        ...
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity the pattern has, or None where any is possible."""
+        ...
+
+
+class PatternParser(Protocol):
+    """Makes a pattern from the text after the pattern's name."""
+
+    def __call__(self, options: str) -> Pattern:
+        """The pattern; raises UserError for options it cannot read."""
+        ...
+
+
+PATTERNS: Registry[PatternParser] = Registry("pattern")
+
+
+def kept_count(numel: int, sparsity: float) -> int:
+    """Nearest whole number of kept items, at least one: a layer without any live weight blocks all signal."""
+    return max(1, numel - round(numel * sparsity))
+
+
+def top_mask(score: Tensor, num_kept: int) -> Tensor:
+    """True at the `num_kept` largest scores; among equal scores the lower flat index wins, on every device and rank."""
+    flat = score.detach().flatten()
+    if num_kept >= flat.numel():
+        return torch.ones_like(score, dtype=torch.bool)
+    # The k-th largest is the (n - k + 1)-th smallest.
+    threshold = flat.kthvalue(flat.numel() - num_kept + 1).values
+    mask, tied = flat > threshold, (flat == threshold).nonzero().flatten()
+    mask[tied[: num_kept - int(mask.sum())]] = True
+    return mask.view(score.shape)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may be zero."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """None: any sparsity."""
+        return None
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """None: fits every shape."""
+        return None
+
+    def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
+        """Nearest whole number of weights, at least one."""
+        return kept_count(math.prod(shape), sparsity)
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """The highest scores of the whole tensor."""
+        return top_mask(score, self.num_kept(tuple(score.shape), sparsity))
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """In every run of `m` inputs of an output, `n` weights are kept (2:4 is what sparse tensor cores take).
+
+    The inputs of an output are dimension 0's complement, flattened: for a convolution input channel first.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """1 - n/m."""
+        return 1 - self.n / self.m
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """The inputs of an output must divide into runs of m."""
+        inputs = math.prod(shape[1:])
+        return None if inputs % self.m == 0 else f"{inputs} inputs do not divide into runs of {self.m}"
+
+    def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
+        """n of every m, whatever `sparsity` says."""
+        return math.prod(shape) * self.n // self.m
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """The n highest scores of each run; among equal scores the lower index wins."""
+        run_ORM = rearrange(score.detach().flatten(1), "o (r m) -> o r m", m=self.m)
+        rank_ORM = run_ORM.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+        return rearrange(rank_ORM < self.n, "o r m -> o (r m)").reshape(score.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of `rows` outputs x `columns` inputs are zero or kept as one, by the sum of their scores."""
+
+    rows: int
+    columns: int
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """None: any sparsity, in steps of a block."""
+        return None
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Outputs and flattened inputs must divide into blocks."""
+        outputs, inputs = shape[0], math.prod(shape[1:])
+        if outputs % self.rows == 0 and inputs % self.columns == 0:
+            return None
+        return f"{outputs} x {inputs} does not divide into blocks of {self.rows} x {self.columns}"
+
+    def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
+        """Nearest whole number of blocks, at least one, in weights."""
+        size = self.rows * self.columns
+        return kept_count(math.prod(shape) // size, sparsity) * size
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """The blocks with the highest sums."""
+        size = {"r": self.rows, "c": self.columns}
+        block_OI = reduce(score.detach().flatten(1), "(o r) (i c) -> o i", "sum", **size)
+        kept_OI = top_mask(block_OI, kept_count(block_OI.numel(), sparsity))
+        return repeat(kept_OI, "o i -> (o r) (i c)", **size).reshape(score.shape)
+
+
+@PATTERNS.register("unstructured")
+def _unstructured(options: str) -> Pattern:
+    if options:
+        raise UserError(f"the pattern 'unstructured' takes no options, got {options!r}")
+    return Unstructured()
+
+
+@PATTERNS.register("block")
+def _block(options: str) -> Pattern:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options)
+    if not match:
+        raise UserError(f"cannot read the block size {options!r}", fix="write it as rows x columns, such as block:4x1")
+    return Block(int(match[1]), int(match[2]))
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`unstructured`, `2:4`, `block:4x1` or a registered `name:options` -> the pattern. Raises UserError."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match:
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n < m:
+            raise UserError(f"the pattern {text!r} keeps {n} of {m}", fix="N:M needs 0 < N < M, such as 2:4")
+        return NOfM(n, m)
+    name, _, options = text.partition(":")
+    return PATTERNS[name](options)
+
+

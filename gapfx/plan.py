@@ -1,0 +1,249 @@
+"""The Plan: plain data that the compiler writes and the runtime follows.
+
+A plan can be printed, saved as JSON, edited by hand and given back. It holds no tensor and no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_type_hints
+
+from gapfx.errors import PlanError
+
+SCHEMA_VERSION = 1
+
+StateRule = Literal["reset", "carry"]
+LrRule = Literal["restart", "continue"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One prunable parameter: its target `sparsity` (share of zeros) and the pattern of its mask.
+
+    `aliases` are the other FQNs of the same parameter (tied weights).
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    sparsity: float
+    pattern: str = "unstructured"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the dense parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that grow to dense together."""
+
+    name: str
+    weights: tuple[Weight, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all its dense parameters."""
+        return sum(weight.numel for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A parameter with two or more dimensions that stays dense, and why."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Training steps `start <= step < stop` with one fixed set of masks.
+
+    Before the first step the groups in `grow` become dense; after the last one the groups in `prune` go back to
+    their target sparsity. Groups are indices into `Plan.groups`. `state` and `lr` say what the optimizer state and
+    the learning rate do when the phase begins.
+    """
+
+    name: str
+    start: int
+    stop: int
+    grow: tuple[int, ...] = ()
+    prune: tuple[int, ...] = ()
+    round: int = 0
+    state: StateRule = "reset"
+    lr: LrRule = "restart"
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in this phase."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered groups, the target sparsity of each weight, what stays dense, and the phases of the run.
+
+    `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune.
+    """
+
+    groups: tuple[Group, ...]
+    dense: tuple[DenseWeight, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    method: str = "gap"
+    sparsity: float = 0.0
+    partition: str = "by-hand"
+    allocation: str = "uniform"
+    criterion: str = "magnitude"
+    start_masks: str = "random"
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def weights(self) -> Iterator[Weight]:
+        """Every prunable weight, group by group."""
+        for group in self.groups:
+            yield from group.weights
+
+    def group_of(self) -> dict[str, int]:
+        """FQN -> index of its group."""
+        return {weight.fqn: index for index, group in enumerate(self.groups) for weight in group.weights}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.phases[-1].stop if self.phases else 0
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `Plan.from_json` gives an equal plan back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str, *, source: str = "the plan") -> Plan:
+        """Parse and validate a plan. Raises PlanError that names the place in `source`."""
+        try:
+            data: Any = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is not JSON: {error}", fix="write it again with `gapfx plan --json`") from error
+        plan = _parse(Plan, data, source)
+        plan.validate(source=source)
+        return plan
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        """Read and validate a plan file."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"the plan {path} cannot be read: {error}", fix="give the path of a plan.json") from error
+        return Plan.from_json(text, source=str(path))
+
+    def validate(self, *, source: str = "the plan") -> None:
+        """Raise PlanError unless groups are disjoint and the phases tile the steps."""
+        if self.schema_version != SCHEMA_VERSION:
+            raise PlanError(
+                f"{source} has schema version {self.schema_version}, this gapfx reads {SCHEMA_VERSION}",
+                fix="make the plan again with `gapfx plan --json`",
+            )
+        _check_weights(self, source)
+        _check_phases(self, source)
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise PlanError unless every planned weight is a parameter of the model with the same shape."""
+        for weight in self.weights():
+            for fqn in (weight.fqn, *weight.aliases):
+                if fqn not in shapes:
+                    raise PlanError(
+                        f"the plan is for another model: it has no parameter {fqn!r}",
+                        fix="make a plan for this model with `gapfx plan TASK --json`",
+                    )
+                if tuple(shapes[fqn]) != weight.shape:
+                    raise PlanError(
+                        f"the plan is for another model: {fqn} has shape {list(shapes[fqn])}, "
+                        f"the plan says {list(weight.shape)}",
+                        fix="make a plan for this model with `gapfx plan TASK --json`",
+                    )
+
+
+def _check_weights(plan: Plan, source: str) -> None:
+    seen: dict[str, str] = {}
+    for index, group in enumerate(plan.groups):
+        where = f"{source}: groups[{index}] ({group.name})"
+        if not group.weights:
+            raise PlanError("a group has no weights", where=where, fix="delete the group or give it weights")
+        for weight in group.weights:
+            if not 0 <= weight.sparsity < 1:
+                raise PlanError(
+                    f"sparsity {weight.sparsity} of {weight.fqn} is not in [0, 1)",
+                    where=where,
+                    fix="sparsity is the share of zeros, such as 0.9",
+                )
+            if any(size <= 0 for size in weight.shape):
+                raise PlanError(f"{weight.fqn} has shape {list(weight.shape)}", where=where, fix="sizes are positive")
+            for fqn in (weight.fqn, *weight.aliases):
+                if fqn in seen:
+                    raise PlanError(
+                        f"{fqn} is in two groups, {seen[fqn]!r} and {group.name!r}",
+                        where=where,
+                        fix="a weight belongs to one group",
+                    )
+                seen[fqn] = group.name
+
+
+def _check_phases(plan: Plan, source: str) -> None:
+    step = 0
+    for index, phase in enumerate(plan.phases):
+        where = f"{source}: phases[{index}] ({phase.name})"
+        if phase.start != step or phase.stop <= phase.start:
+            raise PlanError(
+                f"the phase covers steps [{phase.start}, {phase.stop}), expected a start of {step} and a later stop",
+                where=where,
+                fix="phases tile the steps without gaps",
+            )
+        wrong = [group for group in (*phase.grow, *phase.prune) if not 0 <= group < len(plan.groups)]
+        if wrong:
+            raise PlanError(f"group {wrong[0]} does not exist", where=where, fix=f"there are {len(plan.groups)} groups")
+        step = phase.stop
+
+
+def _parse(kind: Any, data: Any, where: str) -> Any:
+    """JSON value -> the dataclass or plain type `kind`, with the path of the first mismatch in the error."""
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(cast(type, kind), data, where)
+    origin, args = getattr(kind, "__origin__", None), get_args(kind)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise PlanError(f"expected a list, got {data!r:.60}", where=where)
+        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(cast(list[Any], data)))
+    if origin is Literal:
+        if data not in args:
+            raise PlanError(f"{data!r:.60} is not one of {', '.join(map(str, args))}", where=where)
+        return data
+    is_number = isinstance(data, (int, float)) and not isinstance(data, bool)
+    if kind is float and is_number and math.isfinite(data):
+        return float(data)
+    if kind in (int, str) and isinstance(data, kind) and not isinstance(data, bool):
+        return data
+    raise PlanError(f"expected {getattr(kind, '__name__', kind)}, got {data!r:.60}", where=where)
+
+
+def _parse_dataclass(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise PlanError(f"expected an object with the fields of a {kind.__name__}, got {data!r:.60}", where=where)
+    values, hints = cast(dict[str, Any], data), get_type_hints(kind)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        raise PlanError(f"unknown field {unknown[0]!r}", where=where, fix=f"known: {', '.join(hints)}")
+    fields = dataclasses.fields(kind)
+    missing = [
+        f.name
+        for f in fields
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise PlanError(f"the field {missing[0]!r} is missing", where=where)
+    return kind(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()})

@@ -1,0 +1,56 @@
+"""One registry a kind of extension: passes, criteria, patterns, schedules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from gapfx.errors import UserError
+
+EntryT = TypeVar("EntryT")
+NewT = TypeVar("NewT")
+
+
+class Registry(Generic[EntryT]):
+    """Names of one kind of extension, in the order in which they were registered.
+
+    Raises UserError for a name that is taken (naming both owners) and for one that is unknown (listing the known).
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, EntryT] = {}
+
+    def register(self, name: str) -> Callable[[NewT], NewT]:
+        """Decorator that puts a class or function under `name`."""
+
+        def add(entry: NewT) -> NewT:
+            self.add(name, entry)  # pyright: ignore[reportArgumentType]
+            return entry
+
+        return add
+
+    def add(self, name: str, entry: EntryT) -> None:
+        """Put `entry` under `name`; a name belongs to one owner."""
+        if name in self._entries:
+            owners = f"{_owner(self._entries[name])} and {_owner(entry)}"
+            raise UserError(f"two {self.kind} entries are called {name!r}: {owners}", fix="rename one of them")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> EntryT:
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"unknown {self.kind} {name!r}", fix=f"{hint}known: {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+
+def _owner(entry: object) -> str:
+    return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', entry)}"

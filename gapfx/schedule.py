@@ -1,0 +1,115 @@
+"""Schedules: tables of phases that tile the steps of a run.
+
+A schedule is a function `(Budget, num_groups) -> Phases`; with the same budget every schedule has the same number of
+steps, so that methods can be compared at equal epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gapfx.errors import UserError
+from gapfx.plan import Phase, Plan, StateRule
+from gapfx.registry import Registry
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
+
+    `state` says what happens to the optimizer state where a growing phase begins.
+    """
+
+    rounds: int
+    phase_steps: int
+    finetune_steps: int
+    state: StateRule = "reset"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A phase table, and the criterion that makes the masks before its first phase."""
+
+    phases: tuple[Phase, ...]
+    start_masks: str = "random"
+
+
+ScheduleMaker = Callable[[Budget, int], Schedule]
+SCHEDULES: Registry[ScheduleMaker] = Registry("schedule")
+
+
+@SCHEDULES.register("gap")
+def gap(budget: Budget, num_groups: int) -> Schedule:
+    """Cyclic GaP (Ma et al., ICLR 2022): each group in turn grown to dense, trained, pruned; then a full fine-tune."""
+    turns = [(turn, group) for turn in range(budget.rounds) for group in range(num_groups)]
+    phases = [
+        Phase(
+            f"round {turn + 1} group {group + 1}",
+            start=index * budget.phase_steps,
+            stop=(index + 1) * budget.phase_steps,
+            grow=(group,),
+            prune=(group,),
+            round=turn,
+            state=budget.state,
+        )
+        for index, (turn, group) in enumerate(turns)
+    ]
+    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
+
+
+@SCHEDULES.register("dense")
+def dense(budget: Budget, num_groups: int) -> Schedule:
+    """Every group dense from the first step to the last: the control that all sparse results are held against."""
+    return Schedule((Phase("dense", 0, _total_steps(budget, num_groups), grow=tuple(range(num_groups))),))
+
+
+@SCHEDULES.register("static")
+def static(budget: Budget, num_groups: int) -> Schedule:
+    """Random masks, never changed."""
+    return Schedule((Phase("static", 0, _total_steps(budget, num_groups)),))
+
+
+@SCHEDULES.register("oneshot")
+def oneshot(budget: Budget, num_groups: int) -> Schedule:
+    """Train dense, prune everything once, fine-tune with fixed masks."""
+    everything, stop = tuple(range(num_groups)), _growing_steps(budget, num_groups)
+    if not budget.finetune_steps:
+        raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
+    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))
+
+
+def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
+    """The plan with the phase table of `method`. Raises UserError for an unknown method or an empty budget."""
+    maker = SCHEDULES[method]
+    if budget.rounds < 1 or budget.phase_steps < 1 or budget.finetune_steps < 0:
+        raise UserError(
+            f"no schedule of {budget.rounds} rounds, {budget.phase_steps} steps a phase, "
+            f"{budget.finetune_steps} steps of fine-tuning",
+            fix="--rounds and --phase-epochs must be positive, --finetune-epochs zero or more",
+        )
+    schedule = maker(budget, len(plan.groups))
+    return dataclasses.replace(plan, method=method, phases=schedule.phases, start_masks=schedule.start_masks)
+
+
+def phase_at(plan: Plan, step: int) -> int:
+    """Index of the phase that trains `step`. Raises IndexError past the last one."""
+    for index, phase in enumerate(plan.phases):
+        if phase.start <= step < phase.stop:
+            return index
+    raise IndexError(f"step {step} is in no phase of [0, {plan.num_steps})")
+
+
+def _growing_steps(budget: Budget, num_groups: int) -> int:
+    return budget.rounds * num_groups * budget.phase_steps
+
+
+def _total_steps(budget: Budget, num_groups: int) -> int:
+    return _growing_steps(budget, num_groups) + budget.finetune_steps
+
+
+def _finetune(budget: Budget, start: int) -> tuple[Phase, ...]:
+    if not budget.finetune_steps:
+        return ()
+    return (Phase("fine-tune", start, start + budget.finetune_steps, round=budget.rounds, state=budget.state),)
