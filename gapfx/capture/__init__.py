@@ -1,0 +1,9 @@
+"""Capture: one real forward of a model, recorded as an fx graph with the scope, shape and parameters of every op."""
+
+from __future__ import annotations
+
+from gapfx.capture.facts import Capture, Parameter, Use
+from gapfx.capture.record import capture
+from gapfx.capture.values import tensors_in
+
+__all__ = ["Capture", "Parameter", "Use", "capture", "tensors_in"]

@@ -1,0 +1,134 @@
+"""Watches module calls and autograd Functions while the forward runs, and always takes the patches back."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointFunction
+
+from gapfx.capture.leaves import is_leaf
+from gapfx.capture.recorder import Recorder, input_names
+
+
+class Watch:
+    """Routes calls to a recorder from the root's first call to its return; other threads are left alone."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self.model, self.recorder = model, recorder
+        self.num_root_calls = 0
+        self.output: Any = None
+        self.first_call = ""
+        self.unregistered: set[str] = set()
+        self._known = {id(parameter) for parameter in model.parameters()}
+        self._thread = threading.get_ident()
+        self._is_recording = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the forward was recorded to its end."""
+        return self.num_root_calls > 0 and not self._is_recording
+
+    def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What `module(*args, **kwargs)` does now."""
+        if threading.get_ident() != self._thread or self.recorder.is_suspended:
+            return original(module, *args, **kwargs)
+        if not self._is_recording:
+            return self._before(original, module, args, kwargs)
+        fqn = self.recorder.module_names.get(id(module))
+        if fqn is None:
+            self.unregistered.add(type(module).__name__)
+            return original(module, *args, **kwargs)
+        with self.recorder.inside(fqn):
+            if not is_leaf(module, self._known):
+                return original(module, *args, **kwargs)
+            out, written = self.recorder.run(lambda *a, **k: original(module, *a, **k), args, kwargs)
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                self.recorder.add_leaf(fqn, module, args, kwargs, out, written)
+            return out
+
+    def _before(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is not self.model:
+            self.first_call = self.first_call or self.recorder.module_names.get(id(module), "")
+            return original(module, *args, **kwargs)
+        self.num_root_calls += 1
+        if self.num_root_calls > 1:
+            return original(module, *args, **kwargs)
+        return self._root(original, args, kwargs)
+
+    def _root(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._is_recording = True
+        with self.recorder.inside(""):
+            self.recorder.add_inputs(self._inputs(args, kwargs))
+            with self.recorder:
+                self.output = original(self.model, *args, **kwargs)
+            self.recorder.add_output(self.output)
+        self._is_recording = False
+        return self.output
+
+    def _inputs(self, args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
+        own, taken = self.recorder.values.names, {"self"}
+        found = {id(t): (name, t) for name, t in input_names(_signature(self.model), args, kwargs) if id(t) not in own}
+        return [(_identifier(name, taken), tensor) for name, tensor in found.values()]
+
+    def apply(self, original: Callable[..., Any], function: type[Function], args: Any, kwargs: Any) -> Any:
+        """What `function.apply(*args)` does now."""
+        recorder = self.recorder
+        if threading.get_ident() != self._thread or recorder.is_suspended or not self._is_recording:
+            return original(function, *args, **kwargs)
+        if function is CheckpointFunction:  # re-entrant: its forward hides the modules, so run it unchecked
+            return args[0](*args[2:])
+        recorder.opaque_reads = set()
+        try:
+            out, written = recorder.run(lambda *a, **k: original(function, *a, **k), args, kwargs)
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                node = recorder.add_function(original.__get__(function), args, kwargs, out, written)
+            node.meta.update(kind="autograd_function", reads=tuple(sorted(recorder.opaque_reads)))
+        finally:
+            recorder.opaque_reads = None
+        return out
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Route every module call and Function of this process through `watch`."""
+    call, apply = nn.Module.__dict__["__call__"], Function.__dict__["apply"]
+
+    def watched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return watch.call(call, self, args, kwargs)
+
+    def watched_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        return watch.apply(apply.__func__, cls, args, kwargs)
+
+    type.__setattr__(nn.Module, "__call__", watched_call)
+    type.__setattr__(Function, "apply", classmethod(watched_apply))
+    try:
+        yield
+    finally:
+        type.__setattr__(nn.Module, "__call__", call)
+        type.__setattr__(Function, "apply", apply)
+
+
+def _signature(model: nn.Module) -> Sequence[str]:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _identifier(name: str, taken: set[str]) -> str:
+    name = re.sub(r"\W", "_", name, flags=re.ASCII) or "input"
+    name = f"_{name}" if name[0].isdigit() else f"{name}_" if keyword.iskeyword(name) else name
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
