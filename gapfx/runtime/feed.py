@@ -1,0 +1,168 @@
+"""Training batches by step: the same global batches in the same order at any number of ranks, from any step on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, default_collate
+
+from gapfx.errors import TaskError, UserError
+from gapfx.runtime.seeds import generator, seed_everything
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Micro-batches of `rank` among `world_size` ranks.
+
+    `data` is a map-style dataset (`__len__` and `__getitem__`), which is shuffled anew each epoch, or an iterable of
+    samples, which is taken in its own order. The last samples of an epoch that fill no global batch are left out.
+    `steps_per_epoch` is needed for an iterable without a length.
+    """
+
+    data: Any
+    micro_batch: int
+    accumulation: int
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    collate: Collate = default_collate
+    given_steps_per_epoch: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in one pass. Raises TaskError when the data has no length or too few samples."""
+        if self.given_steps_per_epoch:
+            return self.given_steps_per_epoch
+        try:
+            num_samples = len(self.data)
+        except TypeError:
+            raise TaskError(
+                'data("train") has no length, so the length of an epoch is unknown', fix="give --steps-per-epoch"
+            ) from None
+        if num_samples < self.global_batch:
+            raise UserError(
+                f"one global batch of {self.global_batch} samples is more than the {num_samples} training samples",
+                fix=f"give a --batch-size of at most {num_samples}",
+            )
+        return num_samples // self.global_batch
+
+    def steps(self, start: int, stop: int) -> Iterator[Iterator[Any]]:
+        """For each step in [start, stop), an iterator over this rank's micro-batches.
+
+        Every random stream is seeded just before a micro-batch is fetched, and its forward runs under the same stream.
+        """
+        samples = self._map_batches(start, stop) if hasattr(self.data, "__getitem__") else self._stream_batches(start)
+        for step in range(start, stop):
+            yield self._micro_batches(step, samples)
+
+    def _micro_batches(self, step: int, batches: Iterator[Any]) -> Iterator[Any]:
+        for turn in range(self.accumulation):
+            seed_everything(self.seed, step, turn * self.world_size + self.rank)
+            yield next(batches)
+
+    def _map_batches(self, start: int, stop: int) -> Iterator[Any]:
+        # The loader draws a base seed for its workers; a generator of its own keeps the global stream untouched.
+        return iter(
+            DataLoader(
+                self.data,
+                batch_sampler=list(self._indices(start, stop)),
+                collate_fn=self.collate,
+                generator=generator(self.seed, start),
+            )
+        )
+
+    def _indices(self, start: int, stop: int) -> Iterator[Sequence[int]]:
+        order, order_epoch = [], -1
+        for step in range(start, stop):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self._order(epoch), epoch
+            first = position * self.global_batch
+            for turn in range(self.accumulation):
+                at = first + (turn * self.world_size + self.rank) * self.micro_batch
+                yield order[at : at + self.micro_batch]
+
+    def _order(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.data), generator=generator(self.seed, epoch, -1)).tolist()
+
+    def _stream_batches(self, start: int) -> Iterator[Any]:
+        chunks_per_step = self.accumulation * self.world_size
+        chunks = self._stream_chunks(start // self.steps_per_epoch)
+        skip = (start % self.steps_per_epoch) * chunks_per_step
+        for index, chunk in enumerate(itertools.islice(chunks, skip, None)):
+            if index % self.world_size == self.rank:
+                yield self.collate(chunk)
+
+    def _stream_chunks(self, epoch: int) -> Iterator[list[Any]]:
+        """Micro-batches of all ranks, epoch after epoch, whole steps only."""
+        size, per_epoch = self.micro_batch, self.steps_per_epoch * self.accumulation * self.world_size
+        while True:
+            samples = iter(self.data)
+            for index in range(per_epoch):
+                chunk = list(itertools.islice(samples, size))
+                if len(chunk) < size:
+                    raise TaskError(
+                        f'data("train") ended after {index * size + len(chunk)} samples of epoch {epoch}, '
+                        f"{per_epoch * size} are needed",
+                        fix="yield the samples anew on each iter(), or give a smaller --steps-per-epoch",
+                    )
+                yield chunk
+            epoch += 1
+
+
+def whole_loader(data: Any, batch_size: int, collate: Collate = default_collate) -> Iterable[Any]:
+    """Every sample of `data` once, in order, in batches; the last one may be smaller."""
+    if hasattr(data, "__getitem__"):
+        return DataLoader(data, batch_size=batch_size, collate_fn=collate, generator=generator(0))
+    return _StreamLoader(data, batch_size, collate)
+
+
+@dataclass(frozen=True)
+class _StreamLoader:
+    data: Iterable[Any]
+    batch_size: int
+    collate: Collate
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self.data)
+        while chunk := list(itertools.islice(samples, self.batch_size)):
+            yield self.collate(chunk)
+
+
+@dataclass(frozen=True)
+class DeviceLoader:
+    """The batches of `loader`, moved for the model: see `to_model`."""
+
+    loader: Iterable[Any]
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (to_model(batch, self.device, self.dtype) for batch in self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # pyright: ignore[reportArgumentType]
+
+
+def to_model(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The batch on the model's device; floating tensors in the model's dtype when one is given."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None)
+
+    return tree_map(move, batch)

@@ -1,0 +1,26 @@
+"""Learning-rate factors: what the base rate of the optimizer is multiplied by at each step of a phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from gapfx.plan import Phase
+
+LrFactor = Callable[[int, int], float]
+WARMUP_SHARE = 0.1
+
+
+def warmup_cosine(step: int, num_steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then half a cosine down to 0 (Loshchilov and Hutter, 2017)."""
+    warmup = max(1, round(num_steps * WARMUP_SHARE))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def factor_at(step: int, phase: Phase, num_steps: int, factor: LrFactor) -> float:
+    """The factor of a run's `step`: from the phase's own start where it restarts, else over the whole run."""
+    if phase.lr == "restart":
+        return factor(step - phase.start, phase.num_steps)
+    return factor(step, num_steps)
