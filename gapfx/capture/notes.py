@@ -49,7 +49,7 @@ def _constant_notes(watch: Watch) -> Iterator[str]:
             user = node.meta["stack"][-1][0]
             modules[user] = modules.get(user, 0) + 1
     for user, count in modules.items():
-        yield f"{user or 'the root'}: {count} tensors that are no inputs, parameters or buffers are constants of the graph"
+        yield f"{user or 'the root'}: constants of the graph: {count} tensors that are no input, parameter or buffer"
 
 
 def _data_notes(watch: Watch) -> Iterator[str]:

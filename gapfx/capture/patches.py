@@ -6,7 +6,7 @@ import inspect
 import keyword
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,7 @@ class Watch:
 
 
 @contextmanager
-def watching(watch: Watch) -> Iterator[None]:
+def watching(watch: Watch) -> Generator[None]:
     """Route every module call and Function of this process through `watch`."""
     call, apply = nn.Module.__dict__["__call__"], Function.__dict__["apply"]
 

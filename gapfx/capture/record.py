@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -49,7 +49,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def _eager() -> Generator[None]:
     """Functions under torch.compile run as plain Python, so that their ops are seen."""
     # Importing dynamo costs a second; where nothing has, nothing is compiled.
     with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
@@ -70,12 +70,8 @@ def _check_called(watch: Watch) -> None:
 def _graph_module(model: nn.Module, recorder: Recorder) -> fx.GraphModule:
     """The graph with the model's own modules, parameters and buffers under their FQNs."""
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Recorded")
-    for fqn, child in model._modules.items():
-        gm._modules[safe_target(fqn)] = child
-    for fqn, parameter in model._parameters.items():
-        gm._parameters[safe_target(fqn)] = parameter
-    for fqn, buffer in model._buffers.items():
-        gm._buffers[safe_target(fqn)] = buffer
+    for table in ("_modules", "_parameters", "_buffers"):
+        vars(gm)[table].update({safe_target(fqn): entry for fqn, entry in vars(model)[table].items()})
     for name, box in recorder.values.boxes.items():
         gm.add_module(name, box)
     for name, constant in recorder.values.constants.items():

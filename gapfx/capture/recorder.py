@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,9 +19,10 @@ from gapfx.capture.memory import Memory, version
 from gapfx.capture.values import Values, call_boxed, is_importable, named_tensors, tensors_in
 
 DATA_DEPENDENT = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __contains__ nonzero unique masked_select".split()
+    {"item", "tolist", "numpy", "nonzero", "unique", "masked_select"}
+    | {"__bool__", "__int__", "__float__", "__index__", "__contains__"}
 )
-SIDE_EFFECTS = frozenset("_set_grad_enabled set_grad_enabled _enter_autocast _exit_autocast".split())
+SIDE_EFFECTS = frozenset({"_set_grad_enabled", "set_grad_enabled", "_enter_autocast", "_exit_autocast"})
 # `.grad` and `._base` are not part of the forward's values.
 IGNORED_READS = frozenset({"grad", "_base"})
 RECORDED_WRITES = frozenset({"requires_grad", "data"})
@@ -58,7 +60,7 @@ class Recorder(TorchFunctionMode):
         node.meta["stack"] = tuple(self.scope)
 
     @contextmanager
-    def inside(self, fqn: str) -> Iterator[None]:
+    def inside(self, fqn: str) -> Generator[None]:
         """Scope of one call of a module."""
         self._num_calls[fqn] += 1
         self.scope.append((fqn, self._num_calls[fqn]))
@@ -184,17 +186,8 @@ def function_name(function: Any) -> str:
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return owner.__name__
     name = str(getattr(function, "__name__", function))
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-        return name[1:] if name in REFLECTED else name
-    return name
-
-
-REFLECTED = frozenset(
-    f"{side}{name}"
-    for side in "ri"
-    for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift div".split()
-)
+    dunder = re.fullmatch(r"__[ri]?(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor)__|__(\w+)__", name)
+    return (dunder[1] or dunder[2]) if dunder else name
 
 
 def input_names(parameter_names: Sequence[str], args: Any, kwargs: Any) -> Iterator[tuple[str, Tensor]]:

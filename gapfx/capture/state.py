@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ TABLES = ("_buffers", "_parameters", "_modules")
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Generator[None]:
     """Undo on exit, also after an error: RNG states, attributes of modules, and buffers (values and identity)."""
     with ExitStack() as undo:
         undo.callback(_rng_undo())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,43 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from gapfx.capture.facts import Parameter, ParameterRole, Use, UseRole
+from gapfx.capture.opsets import EMBEDDING, GEMM, GEMM_MODULES, KEEPS_FIRST, KEEPS_ZEROS, SELECTS, VIEWS, Place
 from gapfx.capture.values import call_boxed
 
-# Matrix products and convolutions -> argument positions and keywords that are not operands with learned structure.
-_NO_WEIGHT: dict[str, frozenset[int | str]] = {}
-for (
-    _fn
-) in "matmul mm bmm mv einsum tensordot inner chain_matmul multi_dot kron grouped_mm _grouped_mm _scaled_mm".split():
-    _NO_WEIGHT[_fn] = frozenset()
-for _fn in "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split():
-    _NO_WEIGHT[_fn] = frozenset({0, 1, "input", "hx"})
-for _fn in "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split():
-    _NO_WEIGHT[_fn] = frozenset({0, 2, "input", "bias"})
-for _fn in "addmm addbmm baddbmm addmv".split():
-    _NO_WEIGHT[_fn] = frozenset({0, "input"})
-_NO_WEIGHT["bilinear"] = frozenset({0, 1, 3, "input1", "input2", "bias"})
-_NO_WEIGHT["deform_conv2d"] = frozenset({0, 1, 3, 4, "input", "offset", "bias", "mask"})
-_NO_WEIGHT["multi_head_attention_forward"] = frozenset({0, 1, 2, "query", "key", "value", "bias_k", "bias_v"})
-_NO_WEIGHT["_transformer_encoder_layer_fwd"] = frozenset({0, "src"})
-GEMM = _NO_WEIGHT
-GEMM_MODULES = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear multi_head_attention "
-    "lstm gru rnn lstm_cell gru_cell rnn_cell".split()
-)
-EMBEDDING = frozenset({"embedding", "embedding_bag"})
-# The result has the parameter's values, moved or cast.
-VIEWS = frozenset(
-    "t transpose permute reshape view to type float half bfloat16 double type_as contiguous chunk split unbind unflatten "
-    "cat concat concatenate stack expand expand_as squeeze unsqueeze flatten clone getitem select narrow getattr repeat "
-    "movedim moveaxis flip view_as reshape_as split_with_sizes tensor_split repeat_interleave T mT H swapaxes swapdims "
-    "roll detach alias identity unfold hstack vstack dstack adjoint".split()
-)
-# Element by element, zero stays zero.
-KEEPS_ZEROS = frozenset("mul neg dropout normalize abs contiguous mask".split())
-# Zero stays zero in the first argument only.
-KEEPS_FIRST = frozenset(
-    "div truediv _weight_norm _weight_norm_interface getitem index_select gather take_along_dim".split()
-)
 RANK: dict[ParameterRole, int] = {"unused": 0, "other": 1, "embedding": 2, "gemm": 3}
 
 
@@ -143,13 +110,14 @@ def _read_uses(read: fx.Node, canonical: Mapping[str, str], active: set[fx.Node]
 
 def is_transparent(node: fx.Node, user: fx.Node, active: set[fx.Node]) -> bool:
     """Whether `user` only moves, casts or scales the values of `node`: zeros stay zeros and nothing is mixed in."""
-    fn, places = fn_of(user), argument_places(node, user)
-    if fn in KEEPS_FIRST:
-        return places <= {0, "input", "v"} and _numel(user) is not None and (fn != "div" or _same_size(node, user))
-    others = [other for other in user.all_input_nodes if other is not node]
-    if any(other in active for other in others):
+    fn, is_first = fn_of(user), argument_places(node, user) <= {0, "input", "v"}
+    if fn in SELECTS:
+        return is_first
+    if any(other in active for other in user.all_input_nodes if other is not node):
         return False
-    return fn in VIEWS or (fn in KEEPS_ZEROS and _same_size(node, user))
+    if fn in VIEWS or (fn in KEEPS_FIRST and is_first and fn not in ("div", "truediv")):
+        return True
+    return (fn in KEEPS_ZEROS or (fn in KEEPS_FIRST and is_first)) and _numel(node) == _numel(user)
 
 
 def consumer_role(node: fx.Node, user: fx.Node) -> UseRole:
@@ -162,11 +130,11 @@ def consumer_role(node: fx.Node, user: fx.Node) -> UseRole:
     return "embedding" if fn in EMBEDDING and places & {1, "weight"} else "other"
 
 
-def argument_places(node: fx.Node, user: fx.Node) -> set[int | str]:
+def argument_places(node: fx.Node, user: fx.Node) -> set[Place]:
     """Positions and keywords at which `user` takes `node`."""
     args: tuple[Any, ...] = user.args[1:] if user.target is call_boxed else user.args
-    places: dict[int | str, Any] = {**dict(enumerate(args)), **user.kwargs}
-    found: set[int | str] = set()
+    places: dict[Place, Any] = {**dict(enumerate(args)), **user.kwargs}
+    found: set[Place] = set()
     for place, value in places.items():
         fx.map_arg(value, lambda used, place=place: found.add(place) if used is node else None)
     return found
@@ -184,15 +152,5 @@ def user_of(node: fx.Node) -> str:
     return stack[-1][0]
 
 
-def _numel(node: fx.Node) -> int | None:
-    shape = node.meta.get("shape")
-    if shape is None:
-        return None
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _same_size(node: fx.Node, user: fx.Node) -> bool:
-    return _numel(node) is not None and _numel(node) == _numel(user)
+def _numel(node: fx.Node) -> int:
+    return math.prod(node.meta.get("shape", (0,)))

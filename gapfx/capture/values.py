@@ -10,9 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import base_types
+from torch.fx.node import _get_qualified_name, base_types  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
@@ -77,7 +76,7 @@ def _items(value: object) -> Iterable[tuple[object, object]]:
 def is_importable(function: object) -> bool:
     """Whether the code that fx generates finds `function` again by its qualified name."""
     try:
-        name = fx.node._get_qualified_name(cast(Any, function))  # pyright: ignore[reportPrivateUsage]
+        name = _get_qualified_name(cast(Any, function))
     except (AttributeError, RuntimeError, TypeError):
         return False
     if name.startswith(("torch.Tensor.", "_operator.", "torch.ops.")):
