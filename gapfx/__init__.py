@@ -1,0 +1,61 @@
+"""gapfx: a graph-transforming sparsification compiler on torch.fx, trained with scheduled grow-and-prune.
+
+The public names load on first use: `import gapfx` imports neither torch nor deepspeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gapfx.errors import GapfxError as GapfxError
+    from gapfx.errors import UserError as UserError
+    from gapfx.plan import Plan as Plan
+    from gapfx.sparsify import sparsify as sparsify
+
+    __version__: str
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "GapfxError": "gapfx.errors",
+    "Plan": "gapfx.plan",
+    "UserError": "gapfx.errors",
+    "sparsify": "gapfx.sparsify",
+}
+
+__all__ = ["GapfxError", "Plan", "UserError", "__version__", "sparsify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gapfx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Version of the installed distribution; "0+unknown" in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("gapfx")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+class _Package(ModuleType):
+    """The type of this package: a sub-module never hides the public function of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

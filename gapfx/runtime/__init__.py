@@ -1,0 +1,1 @@
+"""What trains a planned model: ranks, phases, masks that grow and are pruned, checkpoints."""

@@ -1,0 +1,47 @@
+"""Fixtures for every test: golden texts, and one thread and one seed so that numbers repeat."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads, in this process and in the ranks it starts
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt with what came out")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden("name", text)` compares with tests/golden/name.txt, which `pytest --update-golden` rewrites."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        got = text.rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(got)
+        elif not path.exists():
+            pytest.fail(f"{path.name} does not exist: write it with `pytest --update-golden` and read it")
+        assert got == path.read_text()
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def repeatable_torch() -> None:
+    """One thread, deterministic kernels and a fixed seed, in tests that use torch."""
+    if "torch" not in sys.modules:  # loading it here would cost seconds in tests that never touch it
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
