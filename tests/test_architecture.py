@@ -1,0 +1,229 @@
+"""The shape that ARCHITECTURE.md describes, checked on the source itself."""
+
+import ast
+import graphlib
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINK = ROOT / "gapfx" / "passes"
+SOURCE_FOLDERS = ("gapfx", "passes")
+ALL_FOLDERS = (*SOURCE_FOLDERS, "tests", "tools", "examples")
+VAGUE_NAMES = {"base", "common", "core", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
+ALLOWED_NOTHING = ""
+EVERYTHING = "*"
+
+# Part of gapfx -> the other parts that it may import. A new module needs a row: put it where the layers allow it.
+MAY_IMPORT = {
+    "gapfx": EVERYTHING,
+    "__main__": "cli runtime",
+    "errors": ALLOWED_NOTHING,
+    "chains": ALLOWED_NOTHING,
+    "quantities": ALLOWED_NOTHING,
+    "registry": "errors",
+    "allocation": "errors",
+    "globs": "errors",
+    "options": "errors",
+    "plan": "errors",
+    "pattern": "errors registry",
+    "criterion": "errors registry",
+    "masks": "errors pattern",
+    "ops": "errors masks",
+    "schedule": "errors registry plan",
+    "capture": "errors",
+    "layers": "errors capture",
+    "owners": "errors capture",
+    "realise": "errors capture masks ops owners",
+    "text": "errors plan pattern schedule capture quantities",
+    "compiler": "errors registry options plan capture owners realise text",
+    "passes": "errors registry allocation chains globs plan pattern criterion masks ops capture layers owners compiler",
+    "runtime": "errors registry plan pattern criterion masks ops schedule",
+    "task": "errors registry",
+    "run_dir": "errors plan",
+    "progress": "errors plan schedule quantities",
+    "report": "errors plan schedule quantities run_dir",
+    "sparsify": EVERYTHING,
+    "cli": EVERYTHING,
+}
+# Only these may be imported by nobody below the command line.
+TOP_PARTS = ("__main__", "cli", "sparsify", "progress", "report")
+
+
+def python_files(*folders: str) -> list[Path]:
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in files if LINK not in path.parents]
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a source file: passes/x.py is gapfx.passes.x."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "passes":
+        parts.insert(0, "gapfx")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """`gapfx.runtime.loop` -> `runtime`; the package itself -> `gapfx`."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imports_of(path: Path, known: set[str]) -> Iterator[str]:
+    """Every module of gapfx that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = [name for name in names if name in known and (name != "gapfx" or len(names) == 1)]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "gapfx")
+
+
+SOURCES = {module_name(path): path for path in python_files(*SOURCE_FOLDERS)}
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_source_is_found() -> None:
+    assert {"gapfx", "gapfx.plan", "gapfx.runtime.launch", "gapfx.passes.partition"} <= set(SOURCES)
+    assert len(SOURCES) == len(python_files(*SOURCE_FOLDERS))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import gapfx.plan", ["gapfx.plan"]),
+        ("from gapfx import plan", ["gapfx.plan"]),
+        ("from gapfx.plan import Plan", ["gapfx.plan"]),
+        ("from gapfx.runtime import launch", ["gapfx.runtime", "gapfx.runtime.launch"]),
+        ("def late():\n    from gapfx.errors import UserError", ["gapfx.errors"]),
+        ("import torch\nfrom networkx import Graph", []),
+    ],
+)
+def test_every_way_to_import_is_seen(text: str, found: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(text)
+    assert list(imports_of(path, set(SOURCES))) == found
+
+
+def test_every_part_has_a_row_in_the_import_table() -> None:
+    assert {part_of(module) for module in SOURCES} - set(MAY_IMPORT) == set()
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_down(module: str) -> None:
+    part = part_of(module)
+    if MAY_IMPORT[part] == EVERYTHING:
+        return
+    allowed = {part, *MAY_IMPORT[part].split()}
+    imported = {part_of(name) for name in imports_of(SOURCES[module], set(SOURCES))}
+    assert imported - allowed == set(), f"{module} ({part}) may import only {sorted(allowed)}"
+
+
+def test_the_import_table_has_no_cycle_and_nothing_below_the_command_line_imports_the_top() -> None:
+    rows = {part: parts.split() for part, parts in MAY_IMPORT.items() if parts != EVERYTHING and part != "__main__"}
+    list(graphlib.TopologicalSorter(rows).static_order())
+    assert {part for parts in rows.values() for part in parts} & set(TOP_PARTS) == set()
+
+
+def test_modules_have_no_import_cycle() -> None:
+    graph = {
+        module: set(imports_of(path, set(SOURCES))) - {module} for module, path in SOURCES.items() if module != "gapfx"
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("path", python_files(*ALL_FOLDERS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_short_well_named_and_imports_by_full_name(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350, "split it by meaning"
+    assert path.stem not in VAGUE_NAMES, "name it after what it holds"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            assert (node.module or "").split(".")[0] != "passes", f"line {node.lineno}: write gapfx.passes"
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] != "passes" for alias in node.names), f"line {node.lineno}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} has 60 lines or more"
+
+
+def test_half_of_the_files_are_at_most_130_lines_long() -> None:
+    assert statistics.median(len(path.read_text().splitlines()) for path in SOURCES.values()) <= 130
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    found = [
+        f"{module}:{node.lineno}"
+        for module, path in SOURCES.items()
+        if part_of(module) not in ("cli", "progress", "__main__")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit")
+    ]
+    assert found == []
+
+
+def test_every_folder_with_code_is_in_the_packages_list() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {module_name(path) if path.stem == "__init__" else module_name(path.parent) for path in SOURCES.values()}
+    assert sorted(listed) == sorted(folders)
+    assert [folder for folder in folders if folder not in SOURCES] == [], "a folder without __init__.py"
+
+
+def test_gapfx_passes_is_a_link_to_passes() -> None:
+    # A clone with core.symlinks=false has a small file instead of the link.
+    assert (LINK.readlink() if LINK.is_symlink() else Path(LINK.read_text())) == Path("../passes")
+    assert [path for path in (ROOT / "passes").iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+def test_import_gapfx_loads_neither_torch_nor_deepspeed() -> None:
+    assert run_python("import sys, gapfx; print({'torch', 'deepspeed'} & set(sys.modules))") == "set()\n"
+
+
+def test_gapfx_help_loads_neither_torch_nor_deepspeed() -> None:
+    code = """
+import sys
+from gapfx.cli import main
+sys.argv = ["gapfx", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+print({"torch", "deepspeed"} & set(sys.modules))
+"""
+    shown = run_python(code)
+    assert "sparsify" in shown
+    assert shown.endswith("set()\n")
+
+
+def test_every_public_name_loads_and_no_module_of_the_same_name_hides_it() -> None:
+    code = """
+import importlib, types
+import gapfx
+for name in gapfx.__all__:
+    if name != "__version__":
+        importlib.import_module(gapfx._PUBLIC[name])
+    value = getattr(gapfx, name)
+    assert not isinstance(value, types.ModuleType), name
+    assert name in dir(gapfx), name
+assert set(gapfx.__all__) == {*gapfx._PUBLIC, "__version__"}
+"""
+    run_python(code)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import gapfx
+
+    with pytest.raises(AttributeError, match="module 'gapfx' has no attribute 'nonsense'"):
+        _ = gapfx.nonsense
