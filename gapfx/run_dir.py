@@ -1,0 +1,127 @@
+"""The directory of a run: what is in it, when it may be written, and what it holds after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from gapfx.errors import UserError
+from gapfx.plan import Plan
+from gapfx.settings import Settings, merge
+
+# Settings that a resumed run may change: they alter neither the numbers nor the files that are already there.
+FREE_ON_RESUME = ("log_every", "keep_checkpoints", "nproc")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run's files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings, a flat JSON object."""
+        return self.path / "config.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan with its phases."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for everything that happened."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """Dense weights with zeros in place, original FQNs."""
+        return self.path / "model.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """Facts of the finished run."""
+        return self.path / "summary.json"
+
+    def create(self, settings: Settings, *, force: bool) -> None:
+        """Make the directory for a new run. Raises UserError when it holds a run, unless `force` deletes that."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not self.config.is_file():
+                raise UserError(
+                    f"{self.path} exists and is not a run", fix="give another --out; gapfx deletes nothing that it did not make"
+                )
+            if not force:
+                raise UserError(f"{self.path} already holds a run", fix="continue it with --resume, replace it with --force, or give another --out")
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, settings.to_json())
+
+    def settings(self) -> Settings:
+        """The settings that the run was started with. Raises UserError when there is no run here."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path} holds no run to continue", fix="start it without --resume, or check --out")
+        return merge((str(self.config), _read_json(self.config)))
+
+    def check_resume(self, asked: Settings) -> None:
+        """Raise UserError when a setting that shapes the run differs from what it was started with."""
+        was = self.settings()
+        for name in vars(was):
+            if name not in FREE_ON_RESUME and getattr(was, name) != getattr(asked, name):
+                raise UserError(
+                    f"the run was started with {name} {getattr(was, name)!r}, not {getattr(asked, name)!r}",
+                    where=str(self.config),
+                    fix="continue with the same settings, or start another run with another --out",
+                )
+
+    def saved_plan(self) -> Plan | None:
+        """The plan of a run that got so far."""
+        return Plan.load(self.plan) if self.plan.is_file() else None
+
+    def rewind_metrics(self, step: int) -> None:
+        """Cut metrics.jsonl after the checkpoint of `step`; later lines, and torn ones, are written anew."""
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.is_file() else []
+        keep = 0
+        for number, line in enumerate(lines, start=1):
+            event = _event(line)
+            if event.get("event") == "checkpoint" and event.get("step") == step:
+                keep = number
+        write_atomically(self.metrics, "".join(lines[:keep]))
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        return [event for event in map(_event, lines) if event]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by one that is whole at any moment."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(line))
+    except ValueError:
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}", fix="restore it, or start again with --force") from error

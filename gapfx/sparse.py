@@ -1,0 +1,216 @@
+"""From a model to a masked model with a plan: `sparsify`, and the compilation that the command line shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from gapfx.capture import capture
+from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
+from gapfx.criterion import CRITERIA
+from gapfx.errors import UserError
+from gapfx.masks import bits_of, pack, unpack, write_bits
+from gapfx.passes import default_pipeline
+from gapfx.passes.allocate_sparsity import AllocateSparsity
+from gapfx.passes.find_weights import FindWeights
+from gapfx.passes.insert_masks import InsertMasks
+from gapfx.passes.partition import Partition, Strategy
+from gapfx.pattern import parse_pattern
+from gapfx.plan import Plan
+
+AUTO_GROUPS = 4
+StrategyName = Strategy
+Allocation = Literal["uniform", "erk", "global"]
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the analyses are asked for. `passes` is a whole pipeline as text and replaces all other options."""
+
+    sparsity: float = 0.9
+    groups: int | Literal["auto"] = "auto"
+    partition: StrategyName = "blocks"
+    globs: tuple[str, ...] = ()
+    pattern: str = "unstructured"
+    allocation: Allocation = "uniform"
+    criterion: str = "magnitude"
+    dense: tuple[str, ...] = ()
+    prune_embeddings: bool = False
+    seed: int = 0
+    passes: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model whose planned weights are masked (all ones at first), its plan without phases, and what was noted."""
+
+    module: nn.Module
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def compile_model(
+    model: nn.Module,
+    run: Callable[[nn.Module], object],
+    options: CompileOptions,
+    *,
+    plan: Plan | None = None,
+    observer: Observer | None = None,
+) -> Compiled:
+    """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place."""
+    unit = Unit(capture(model, run))
+    if plan is not None:
+        plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})
+        unit.assume(AllocateSparsity, plan)
+        Pipeline((InsertMasks(),), observer).run(unit)
+    elif options.passes:
+        parse_pipeline(options.passes, observer).run(unit)
+    else:
+        _pipeline(options, unit, observer).run(unit)
+    made = unit.latest(AllocateSparsity)
+    _check_masked(unit, made)
+    notes = (*unit.capture.notes, *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
+    if plan is None:
+        made = dataclasses.replace(made, criterion=options.criterion)
+    return Compiled(cast(nn.Module, realise(unit)), made, notes)
+
+
+def _pipeline(options: CompileOptions, unit: Unit, observer: Observer | None) -> Pipeline:
+    find = FindWeights(dense=options.dense, embeddings=options.prune_embeddings)
+    allocate = AllocateSparsity(options.sparsity, options.allocation, options.pattern)
+    unit.choose(find)
+    return default_pipeline(find, _partition(options, unit), allocate, observer)
+
+
+def _partition(options: CompileOptions, unit: Unit) -> Partition:
+    """`auto` takes four groups, or as many as a small model has blocks for."""
+    counts = range(AUTO_GROUPS, 1, -1) if options.groups == "auto" else ()
+    for count in counts:
+        partition = Partition(count, options.partition, options.globs, options.seed)
+        try:
+            unit.fact(partition)
+        except UserError:
+            continue
+        return partition
+    last = 1 if options.groups == "auto" else options.groups
+    return Partition(last, options.partition, options.globs, options.seed)
+
+
+def _check_masked(unit: Unit, plan: Plan) -> None:
+    refused = dict(unit.refusals)
+    for weight in plan.weights():
+        if weight.fqn in refused:
+            raise UserError(
+                f"{weight.fqn} cannot be sparse: {refused[weight.fqn]}", fix="take it out of the plan (--dense)"
+            )
+
+
+class Masks(Mapping[str, Tensor]):
+    """FQN -> bool mask of the weight's shape, True = kept, unpacked from the module's bits at each look-up."""
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self._module, self._weights = module, {weight.fqn: weight for weight in plan.weights()}
+
+    def __getitem__(self, fqn: str) -> Tensor:
+        return unpack(bits_of(self._module, fqn), self._weights[fqn].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A masked model: `module` is the model that was given, with its forward signature, FQNs and state_dict keys.
+
+    Masked weights are 0 and get no gradient, so that any optimizer keeps them 0.
+    """
+
+    module: nn.Module
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    masks: Masks = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Give access to the module's masks."""
+        object.__setattr__(self, "masks", Masks(self.module, self.plan))
+
+    def set_mask(self, fqn: str, mask: Tensor) -> None:
+        """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops."""
+        weight = next(item for item in self.plan.weights() if item.fqn == fqn)
+        if tuple(mask.shape) != weight.shape or mask.dtype != torch.bool:
+            raise UserError(f"the mask of {fqn} must be a bool tensor of shape {list(weight.shape)}")
+        for name in (fqn, *weight.aliases):
+            write_bits(self.module, name, pack(mask).to(bits_of(self.module, name).device))
+        parameter = self.module.get_parameter(fqn)
+        with torch.no_grad():
+            parameter.masked_fill_(~mask.to(parameter.device), 0)
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """Copies under the original keys, exact zeros where a weight is masked."""
+        return dense_state_dict(self.module, self.plan)
+
+
+def dense_state_dict(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Copies of a masked module's state under its original keys, exact zeros where a weight is masked."""
+    state = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    for weight in plan.weights():
+        mask = unpack(bits_of(module, weight.fqn), weight.shape)
+        for fqn in (weight.fqn, *weight.aliases):
+            state[fqn].masked_fill_(~mask, 0)
+    return state
+
+
+def sparsify(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    sparsity: float = 0.9,
+    groups: int | Literal["auto"] = "auto",
+    partition: StrategyName | Sequence[str] = "blocks",
+    pattern: str = "unstructured",
+    allocation: Allocation = "uniform",
+    form: Literal["masked"] = "masked",
+    dense: Sequence[str] = (),
+    criterion: str = "magnitude",
+    seed: int = 0,
+    plan: Plan | None = None,
+) -> Sparse:
+    """Mask `model` in place and give it back with its plan; `model(*args, **kwargs)` must run.
+
+    The masks keep what `criterion` ("magnitude" or "random") scores highest at the target sparsity of each weight.
+    `partition` is a strategy, or one glob a group. `dense` are globs of weights that stay dense; the words `first` and
+    `last` name the first and the last prunable weight. `plan` is used as it is in place of the options.
+
+    Raises UserError with the reason for anything that cannot be done.
+    """
+    if form != "masked":
+        raise UserError(f"form {form!r} is not supported yet", fix='use form="masked"')
+    by_hand = not isinstance(partition, str)
+    options = CompileOptions(
+        sparsity=sparsity,
+        groups=groups,
+        partition="by-hand" if by_hand else cast(StrategyName, partition),
+        globs=tuple(partition) if by_hand else (),
+        pattern=pattern,
+        allocation=allocation,
+        criterion=criterion if criterion in CRITERIA else "magnitude",
+        dense=tuple(dense),
+        seed=seed,
+    )
+    score = CRITERIA[criterion]
+    compiled = compile_model(model, lambda m: m(*args, **(kwargs or {})), options, plan=plan)
+    sparse = Sparse(compiled.module, compiled.plan, compiled.notes)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in compiled.plan.weights():
+        value = model.get_parameter(weight.fqn)
+        sparse.set_mask(weight.fqn, parse_pattern(weight.pattern).mask(score(value, generator), weight.sparsity))
+    return sparse

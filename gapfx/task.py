@@ -1,0 +1,134 @@
+"""The task file: any Python file with `model()` and, for training, `data(split)` and `loss(model, batch)`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from gapfx.errors import GapfxError, TaskError
+
+_HERE = Path(__file__).parent
+_NUM_ARGUMENTS = {"model": 0, "data": 1, "loss": 2, "evaluate": 2, "optimizer": 1, "lr": 2, "collate": 1, "example": 0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The functions of a task file; those that it does not have are None.
+
+    An exception that one of them raises becomes a TaskError that names the function, the file and the line.
+    """
+
+    path: Path
+    model: Callable[[], Any]
+    data: Callable[[str], Any] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    evaluate: Callable[[Any, Any], Any] | None = None
+    optimizer: Callable[[Any], Any] | None = None
+    lr: Callable[[int, int], float] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    example: Callable[[], Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def need(self, *names: str) -> None:
+        """Raise TaskError unless the task has these functions."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            signature = {"data": "data(split)", "loss": "loss(model, batch)"}.get(missing[0], missing[0])
+            raise TaskError(f"the task has no function {signature}", where=str(self.path), fix=f"define {signature}")
+
+
+def load_task(path: Path, entry: str = "model") -> Task:
+    """The task in a Python file; `entry` is the name of its model function. Raises TaskError."""
+    module = _import(path)
+    functions = {"model": getattr(module, entry, None)}
+    functions |= {name: getattr(module, name, None) for name in _NUM_ARGUMENTS if name != "model"}
+    if functions["model"] is None:
+        raise TaskError(
+            f"the task has no function {entry}()", where=str(path), fix="define model() or name another with --entry"
+        )
+    guarded = {name: _guard(name, function, path) for name, function in functions.items() if function is not None}
+    defaults = getattr(module, "defaults", {})
+    if not isinstance(defaults, Mapping):
+        raise TaskError(f"defaults is a {type(defaults).__name__}", where=str(path), fix="make it a dict of settings")
+    return Task(path=path, defaults=cast(Mapping[str, Any], defaults), **cast(dict[str, Any], guarded))
+
+
+def split_entry(text: str) -> tuple[Path, str]:
+    """`file.py` or `file.py:name` -> (path, name of the model function)."""
+    path, colon, name = text.rpartition(":")
+    return (Path(path), name) if colon and name.isidentifier() else (Path(text), "model")
+
+
+def _import(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TaskError(f"there is no task file {path}", fix="give the path of a Python file with a model() function")
+    spec = importlib.util.spec_from_file_location(f"gapfx_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is not a Python file", fix="give a file whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except GapfxError:
+        raise
+    except Exception as error:
+        raise _task_error("the task file cannot be imported", error, path) from error
+    return module
+
+
+def _guard(name: str, function: object, path: Path) -> Callable[..., Any]:
+    if not callable(function):
+        raise TaskError(f"{name} is a {type(function).__name__}, not a function", where=str(path))
+    _check_arguments(name, function, path)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except GapfxError:
+            raise
+        except Exception as error:
+            if _is_own_fault(error):
+                raise
+            raise _task_error(f"{name}() failed", error, path) from error
+
+    return call
+
+
+def _check_arguments(name: str, function: Callable[..., Any], path: Path) -> None:
+    count = _NUM_ARGUMENTS.get(name, 0)
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError as error:
+        raise TaskError(
+            f"{name}() cannot be called with {count} arguments: {error}",
+            where=str(path),
+            fix="see the task file section of the README for its arguments",
+        ) from error
+    except ValueError:  # a builtin without a signature
+        return
+
+
+def _is_own_fault(error: BaseException) -> bool:
+    """Whether the innermost frame is gapfx's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_HERE)
+
+
+def _task_error(what: str, error: Exception, path: Path) -> TaskError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
+    where = f"{path}:{frames[-1].lineno}, {frames[-1].line}" if frames else str(path)
+    return TaskError(
+        f"{what}: {type(error).__name__}: {error}", where=where, fix="mend the task; --debug shows the whole traceback"
+    )
