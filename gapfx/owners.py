@@ -1,0 +1,136 @@
+"""Owners: the modules that hold weights, the fx graph of each, and how a rewritten graph takes effect.
+
+The module tree stays in charge: an owner's rewritten graph becomes the forward, or the attribute reads, of a dynamic
+subclass of its class. So every op put into it runs inside the owner's forward, where ZeRO and FSDP have the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from gapfx.capture import Capture
+
+Form = Literal["forward", "read"]
+
+# Their forwards are pure in the weight, and a trace of them alone says everything.
+TRACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+# Parents that read the weights of their children: in every forward, or in the fast path of evaluation.
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module that holds weights, and the graph in which rewrites edit how they are used.
+
+    Form "forward": `graph` is the module's own forward. Form "read": `graph` holds the reads alone, its output is a
+    dict from parameter name to value; `reason` says why. `names` are the weights in the module.
+    """
+
+    fqn: str
+    module: nn.Module
+    names: tuple[str, ...]
+    graph: fx.GraphModule
+    form: Form
+    reason: str = ""
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The stored parameter, also where reading the attribute gives the masked weight."""
+        return vars(self.module)["_parameters"][name]
+
+    def read(self, name: str) -> fx.Node | None:
+        """The get_attr node of an attribute in the graph."""
+        return next((node for node in self.graph.graph.find_nodes(op="get_attr", target=name)), None)
+
+
+def holders(capture: Capture) -> Iterator[tuple[str, str, str]]:
+    """(weight, FQN of a module that holds it, name in that module), each module once under its first FQN.
+
+    A tied weight comes once for every module that holds it.
+    """
+    first = {id(module): fqn for fqn, module in capture.model.named_modules()}
+    for parameter in capture.parameters.values():
+        seen: set[tuple[str, str]] = set()
+        for fqn in (parameter.fqn, *parameter.aliases):
+            path, _, name = fqn.rpartition(".")
+            place = (first[id(capture.model.get_submodule(path))], name)
+            if place not in seen:
+                seen.add(place)
+                yield (parameter.fqn, *place)
+
+
+def build_owners(capture: Capture) -> dict[str, Owner]:
+    """FQN -> owner, for each module that holds a weight of a matrix product, a convolution or an embedding."""
+    names: dict[str, list[str]] = {}
+    outside: dict[str, str] = {}
+    foreign = _foreign_users(capture)
+    for weight, path, name in holders(capture):
+        if capture.parameters[weight].role in ("gemm", "embedding"):
+            names.setdefault(path, []).append(name)
+            if weight in foreign:
+                outside[path] = f"{name} is read from outside, by {foreign[weight]}"
+    return {path: _build(capture.model, path, tuple(own), outside.get(path, "")) for path, own in names.items()}
+
+
+def _foreign_users(capture: Capture) -> dict[str, str]:
+    """Weight -> the first module that uses it without holding it."""
+    first = {id(module): fqn for fqn, module in capture.model.named_modules()}
+    homes: dict[str, set[str]] = {}
+    for weight, path, _ in holders(capture):
+        homes.setdefault(weight, set()).add(path)
+    found: dict[str, str] = {}
+    for use in capture.uses:
+        user = first[id(capture.model.get_submodule(use.user))]
+        if user not in homes[use.fqn]:
+            found.setdefault(use.fqn, use.user or "the root")
+    return found
+
+
+def _build(model: nn.Module, path: str, names: tuple[str, ...], outside: str) -> Owner:
+    module = model.get_submodule(path)
+    reason = outside or _read_by_parent(model, path) or _not_traceable(module)
+    if not reason:
+        traced = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
+        owner = Owner(path, module, names, traced, "forward")
+        unread = [name for name in names if owner.read(name) is None]
+        if not unread:
+            return owner
+        reason = f"the forward of {type(module).__name__} does not read {unread[0]} itself"
+    return Owner(path, module, names, _reads(module, names), "read", reason)
+
+
+def _read_by_parent(model: nn.Module, path: str) -> str:
+    parents = path.split(".")[:-1] if path else []
+    for depth in range(len(parents), -1, -1):
+        above = ".".join(parents[:depth])
+        module = model.get_submodule(above)
+        if above != path and isinstance(module, READERS):
+            return f"{above or 'the root'} ({type(module).__name__}) can read its weights directly"
+    return ""
+
+
+def _not_traceable(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if "forward" in vars(module):
+        return f"the forward of this {kind} was replaced on the object"
+    if not any(type(module).forward is cls.forward for cls in TRACED):
+        return f"the forward of {kind} is not one that a trace captures exactly"
+    return ""
+
+
+def _reads(module: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
+    graph = fx.Graph()
+    held = nn.Module()
+    for name in names:
+        held.register_parameter(name, vars(module)["_parameters"][name])
+    graph.output({name: graph.get_attr(name) for name in names})
+    return fx.GraphModule(held, graph, type(module).__name__)
+
+
+def packed_buffer(owner: Owner, name: str) -> torch.Tensor | None:
+    """The buffer `name` of the owner: the module's own when it has been realised, else the one in the graph."""
+    return vars(owner.module)["_buffers"].get(name, getattr(owner.graph, name, None))

@@ -1,0 +1,118 @@
+"""Makes rewritten owners take effect in the model: one dynamic subclass for each distinct graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from gapfx.masks import MASK_PREFIX
+from gapfx.owners import Owner
+
+# (class, form, code) -> subclass: equal layers share one, so torch.compile guards on few types.
+_SUBCLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+_BASE = "_gapfx_base"
+
+
+def realise_owners(owners: Iterable[Owner]) -> None:
+    """Install the graph of each owner that has masks, and undo the others; objects and FQNs stay the same."""
+    for owner in owners:
+        bits = {name: buffer for name, buffer in owner.graph.named_buffers() if name.startswith(MASK_PREFIX)}
+        if bits:
+            _install(owner, bits)
+        elif hasattr(type(owner.module), _BASE):
+            _uninstall(owner.module)
+
+
+def _install(owner: Owner, bits: Mapping[str, Tensor]) -> None:
+    module = owner.module
+    base: type[nn.Module] = getattr(type(module), _BASE, type(module))
+    for name, buffer in bits.items():
+        if name not in vars(module)["_buffers"]:
+            module.register_buffer(name, buffer.clone(), persistent=False)
+    if isinstance(module, nn.RNNBase):
+        vars(module).pop("_flat_weights", None)  # raw tensors; the subclass reads the masked ones
+    target = _subclass(base, owner)
+    if not isinstance(module, target):  # a wrapper such as FSDP2 may have put its own subclass on top
+        cast(Any, module).__class__ = target
+
+
+def _uninstall(module: nn.Module) -> None:
+    module.__class__ = getattr(type(module), _BASE)
+    for name in [name for name in vars(module)["_buffers"] if name.startswith(MASK_PREFIX)]:
+        delattr(module, name)
+    if isinstance(module, nn.RNNBase):
+        cast(Any, module)._init_flat_weights()
+
+
+def _subclass(base: type[nn.Module], owner: Owner) -> type[nn.Module]:
+    owner.graph.recompile()
+    key = (base, owner.form, owner.names, owner.graph.code)
+    if key not in _SUBCLASSES:
+        body = {_BASE: base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        body |= _forward(owner) if owner.form == "forward" else _properties(base, owner)
+        _SUBCLASSES[key] = type(base.__name__, (base,), body)
+    return _SUBCLASSES[key]
+
+
+def _forward(owner: Owner) -> dict[str, Any]:
+    return {"forward": type(owner.graph).forward}
+
+
+def _properties(base: type[nn.Module], owner: Owner) -> dict[str, Any]:
+    output = owner.graph.graph.output_node().args[0]
+    values = cast(Mapping[str, fx.Node], output)
+    body: dict[str, Any] = {name: _property(name, value) for name, value in values.items() if value.op != "get_attr"}
+    if issubclass(base, nn.RNNBase):
+        body |= _RNN
+    return body
+
+
+def _property(name: str, value: fx.Node) -> property:
+    """A read of parameter `name` that runs the graph up to `value` on the module's own tensors."""
+    compute, sources = _read_function(value)
+
+    def read(self: Any) -> Tensor:
+        weight: Tensor = self._parameters[name]
+        if weight.numel() == 0 or hasattr(weight, "to_local"):
+            # ZeRO-3 and FSDP2 take the weight away outside the forward, where models still ask for its dtype.
+            return weight
+        return compute(*(self._parameters[key] if key in self._parameters else self._buffers[key] for key in sources))
+
+    return property(read)
+
+
+def _read_function(value: fx.Node) -> tuple[Callable[..., Tensor], tuple[str, ...]]:
+    """The graph that leads to `value` as a function, and the attributes that are its arguments."""
+    needed, todo = set[fx.Node](), [value]
+    while todo:
+        node = todo.pop()
+        needed.add(node)
+        todo += node.all_input_nodes
+    graph, copies, sources = fx.Graph(), dict[fx.Node, fx.Node](), list[str]()
+    for node in value.graph.nodes:
+        if node in needed and node.op == "get_attr":
+            sources.append(str(node.target))
+            copies[node] = graph.placeholder(sources[-1])
+        elif node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[value])
+    forward = type(fx.GraphModule(nn.Module(), graph)).forward
+    return functools.partial(forward, None), tuple(sources)
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore(self: Any, value: object = None) -> None:
+    """Masked weights are made in each forward: there is nothing to cache and nothing to flatten."""
+
+
+_RNN: dict[str, Any] = {
+    "_flat_weights": property(_flat_weights, _ignore),
+    "_update_flat_weights": _ignore,
+    "flatten_parameters": _ignore,
+}

@@ -1,0 +1,147 @@
+"""find-weights: which parameters can be sparse, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from gapfx.capture import Capture, Parameter
+from gapfx.compiler import Analysis, Unit, register
+from gapfx.globs import matches, select
+from gapfx.layers import execution_order
+from gapfx.passes.tie_weights import Tie, TieWeights
+from gapfx.plan import DenseWeight
+
+
+@dataclass(frozen=True)
+class FoundWeight:
+    """One prunable parameter; `fn` is the first product, convolution or lookup that takes it."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    role: Literal["gemm", "embedding"]
+    fn: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """Prunable weights in execution order, and every other parameter with the reason why it stays dense."""
+
+    prunable: tuple[FoundWeight, ...]
+    dense: tuple[DenseWeight, ...]
+
+
+@register
+@dataclass(frozen=True)
+class FindWeights(Analysis[FoundWeights]):
+    """Splits the parameters into prunable weights and dense ones.
+
+    The defaults are the paper's: operands of matrix products and convolutions are prunable, embeddings and the
+    projection onto a vocabulary are not. `dense` are globs to keep dense beside that, or the words `first` and
+    `last`: the first and last prunable weight in execution order. `embeddings` makes tables and vocabulary
+    projections prunable too; weights with fewer than `min_numel` elements stay dense.
+    """
+
+    name: ClassVar[str] = "find-weights"
+    dense: tuple[str, ...] = ()
+    embeddings: bool = False
+    min_numel: int = 0
+
+    def compute(self, unit: Unit) -> FoundWeights:
+        """Raises UserError for a glob that matches no parameter."""
+        capture, ties = unit.capture, unit.latest(TieWeights)
+        # By name, not by attribute: a masked attribute gives the masked weight.
+        tensors = dict(capture.model.named_parameters())
+        reasons = {fqn: _fixed_reason(capture, item, tensors[fqn]) for fqn, item in capture.parameters.items()}
+        if not self.embeddings:
+            for fqn, reason in _embedding_reasons(capture, ties):
+                reasons[fqn] = reasons[fqn] or reason
+        order = execution_order(capture)
+        for fqn, reason in self._chosen_dense(capture, [fqn for fqn in order if not reasons[fqn]]):
+            reasons[fqn] = reasons[fqn] or reason
+        dense = [DenseWeight(fqn, capture.parameters[fqn].shape, why) for fqn, why in reasons.items() if why]
+        prunable = [_found(capture, fqn) for fqn in order if not reasons[fqn]]
+        return FoundWeights(tuple(prunable), tuple(dense))
+
+    def _chosen_dense(self, capture: Capture, prunable: list[str]) -> Iterator[tuple[str, str]]:
+        """(weight, reason) for what the options keep dense."""
+        ends = {"first": prunable[:1], "last": prunable[-1:]}
+        names = [fqn for item in capture.parameters.values() for fqn in (item.fqn, *item.aliases)]
+        for glob in self.dense:
+            if glob not in ends:
+                select(glob, names, option="dense of find-weights")
+            yield from ((fqn, f"the {glob} prunable weight: option dense") for fqn in ends.get(glob, ()))
+            for fqn in () if glob in ends else prunable:
+                if any(matches(glob, alias) for alias in (fqn, *capture.parameters[fqn].aliases)):
+                    yield fqn, f"option dense={glob}"
+        for fqn in prunable:
+            numel = math.prod(capture.parameters[fqn].shape)
+            if numel < self.min_numel:
+                yield fqn, f"{numel} elements: option min_numel={self.min_numel}"
+
+
+def _found(capture: Capture, fqn: str) -> FoundWeight:
+    parameter = capture.parameters[fqn]
+    role = "gemm" if parameter.role == "gemm" else "embedding"
+    fn = next(use.fn for use in capture.uses if use.fqn == fqn and use.role == role)
+    return FoundWeight(fqn, parameter.shape, role, fn, parameter.aliases)
+
+
+def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter) -> str:
+    """Why a parameter cannot be sparse, whatever the options say; "" when it can."""
+    if len(parameter.shape) < 2:
+        return f"{len(parameter.shape)} dimension(s): a bias, a norm or a scale"
+    if parameter.role == "unused":
+        return "the recorded forward does not reach it"
+    if parameter.role == "other":
+        used = dict.fromkeys(use.fn for use in capture.uses if use.fqn == parameter.fqn)
+        return f"no operand of a matrix product, convolution or lookup: used by {', '.join(used) or 'nothing known'}"
+    if _is_norm_magnitude(capture, parameter.fqn):
+        return "the magnitude of a weight norm"
+    if not torch.is_floating_point(tensor):
+        return f"values of type {str(tensor.dtype).removeprefix('torch.')}"
+    if not tensor.requires_grad:
+        return "it does not require a gradient"
+    return _home_reason(capture.model, parameter)
+
+
+def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
+    pairs = (("_g", "_v"), (".original0", ".original1"))
+    return any(fqn.endswith(g) and fqn.removesuffix(g) + v in capture.parameters for g, v in pairs)
+
+
+def _home_reason(model: nn.Module, parameter: Parameter) -> str:
+    for fqn in (parameter.fqn, *parameter.aliases):
+        home = model.get_submodule(fqn.rpartition(".")[0])
+        if isinstance(home, torch.jit.ScriptModule):
+            return "inside a ScriptModule, whose forward cannot be changed"
+        if isinstance(home, (nn.Embedding, nn.EmbeddingBag)) and home.max_norm is not None:
+            return "its forward writes to it (max_norm)"
+    return ""
+
+
+def _embedding_reasons(capture: Capture, ties: Mapping[str, Tie]) -> Iterator[tuple[str, str]]:
+    tables = {use.fqn: use.user for use in capture.uses if use.role == "embedding"}
+    for fqn in tables:
+        if capture.parameters[fqn].role == "embedding":
+            yield fqn, "an embedding"
+    for tie in ties.values():
+        if tie.embedding:
+            yield tie.fqn, f"tied to the embedding {tie.embedding}"
+    linears = [use.fqn for use in capture.uses if use.role == "gemm" and use.fn == "linear"]
+    if linears:
+        rows = capture.parameters[linears[-1]].shape[0]
+        table = next((fqn for fqn in tables if capture.parameters[fqn].shape[0] == rows), None)
+        if table:
+            yield linears[-1], f"the output projection onto the {rows} entries of {table}"

@@ -1,0 +1,42 @@
+"""fold-masks: takes the mask ops out again and leaves their zeros in the parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from gapfx.compiler import Analysis, Rewrite, Unit, register
+from gapfx.masks import MASK_PREFIX, unpack
+from gapfx.owners import Owner, packed_buffer
+from gapfx.passes.insert_masks import CAPTURE_FACTS
+
+
+@register
+@dataclass(frozen=True)
+class FoldMasks(Rewrite):
+    """A graph without mask ops whose parameters are exactly 0 wherever a mask was."""
+
+    name: ClassVar[str] = "fold-masks"
+    preserves: ClassVar[tuple[type[Analysis[Any]], ...]] = CAPTURE_FACTS
+
+    def apply(self, unit: Unit) -> bool:
+        """Whether there was a mask."""
+        return any([_fold(owner, name) for owner in unit.owners.values() for name in owner.names])
+
+
+@torch.no_grad()
+def _fold(owner: Owner, name: str) -> bool:
+    buffer = MASK_PREFIX + name
+    node, bits = owner.read(buffer), packed_buffer(owner, buffer)
+    if node is None or bits is None:
+        return False
+    weight = owner.parameter(name)
+    weight.masked_fill_(~unpack(bits, weight.shape), 0)
+    for masked in list(node.users):
+        masked.replace_all_uses_with(masked.all_input_nodes[0])
+        owner.graph.graph.erase_node(masked)
+    owner.graph.graph.erase_node(node)
+    delattr(owner.graph, buffer)
+    return True
