@@ -69,6 +69,12 @@ def split_fqn(fqn: str) -> tuple[str, str]:
     return owner, name
 
 
+def stored_parameter(module: nn.Module, fqn: str) -> nn.Parameter:
+    """The parameter itself; `get_parameter` refuses where reading the attribute gives the masked weight."""
+    owner, name = split_fqn(fqn)
+    return cast(nn.Parameter, vars(module.get_submodule(owner))["_parameters"][name])
+
+
 def bits_of(module: nn.Module, fqn: str) -> Tensor:
     """The packed mask buffer of parameter `fqn`; raises AttributeError when it has no mask."""
     owner, name = split_fqn(fqn)

@@ -95,12 +95,18 @@ def _build(model: nn.Module, path: str, names: tuple[str, ...], outside: str) ->
     reason = outside or _read_by_parent(model, path) or _not_traceable(module)
     if not reason:
         traced = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
-        owner = Owner(path, module, names, traced, "forward")
+        owner = _with_shapes(Owner(path, module, names, traced, "forward"))
         unread = [name for name in names if owner.read(name) is None]
         if not unread:
             return owner
         reason = f"the forward of {type(module).__name__} does not read {unread[0]} itself"
-    return Owner(path, module, names, _reads(module, names), "read", reason)
+    return _with_shapes(Owner(path, module, names, _reads(module, names), "read", reason))
+
+
+def _with_shapes(owner: Owner) -> Owner:
+    for node in owner.graph.graph.find_nodes(op="get_attr"):
+        node.meta["shape"] = tuple(getattr(owner.graph, str(node.target)).shape)
+    return owner
 
 
 def _read_by_parent(model: nn.Module, path: str) -> str:

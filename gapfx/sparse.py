@@ -14,7 +14,7 @@ from gapfx.capture import capture
 from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
 from gapfx.errors import UserError
-from gapfx.masks import bits_of, pack, unpack, write_bits
+from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
 from gapfx.passes import default_pipeline
 from gapfx.passes.allocate_sparsity import AllocateSparsity
 from gapfx.passes.find_weights import FindWeights
@@ -149,7 +149,7 @@ class Sparse:
             raise UserError(f"the mask of {fqn} must be a bool tensor of shape {list(weight.shape)}")
         for name in (fqn, *weight.aliases):
             write_bits(self.module, name, pack(mask).to(bits_of(self.module, name).device))
-        parameter = self.module.get_parameter(fqn)
+        parameter = stored_parameter(self.module, fqn)
         with torch.no_grad():
             parameter.masked_fill_(~mask.to(parameter.device), 0)
 
@@ -211,6 +211,6 @@ def sparsify(
     sparse = Sparse(compiled.module, compiled.plan, compiled.notes)
     generator = torch.Generator().manual_seed(seed)
     for weight in compiled.plan.weights():
-        value = model.get_parameter(weight.fqn)
+        value = stored_parameter(model, weight.fqn)
         sparse.set_mask(weight.fqn, parse_pattern(weight.pattern).mask(score(value, generator), weight.sparsity))
     return sparse

@@ -39,7 +39,7 @@ class FindBlocks(Analysis[tuple[Block, ...]]):
 
     A block is one of two or more siblings of one class in a container, with two or more prunable weights each, such
     as a Transformer layer or a bottleneck. Siblings that run one after the other and mostly consist of such blocks
-    are stages, and their blocks count instead. Without any container of blocks, equal siblings anywhere count.
+    are stages, and their blocks count instead. Without any container of blocks, equal children of the root count.
     """
 
     name: ClassVar[str] = "find-blocks"

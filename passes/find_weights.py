@@ -124,8 +124,6 @@ def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
 def _home_reason(model: nn.Module, parameter: Parameter) -> str:
     for fqn in (parameter.fqn, *parameter.aliases):
         home = model.get_submodule(fqn.rpartition(".")[0])
-        if isinstance(home, torch.jit.ScriptModule):
-            return "inside a ScriptModule, whose forward cannot be changed"
         if isinstance(home, (nn.Embedding, nn.EmbeddingBag)) and home.max_norm is not None:
             return "its forward writes to it (max_norm)"
     return ""

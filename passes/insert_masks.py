@@ -39,15 +39,27 @@ class InsertMasks(Rewrite):
         shapes = {fqn: item.shape for item in unit.capture.parameters.values() for fqn in (item.fqn, *item.aliases)}
         plan.check_model(shapes)
         planned = {weight.fqn for weight in plan.weights()}
-        places = [(unit.owners[path], name) for weight, path, name in holders(unit.capture) if weight in planned]
-        return any([mask_read(owner, name) for owner, name in places])
+        places = [place for place in holders(unit.capture) if place[0] in planned]
+        return any([_mask(unit, *place) for place in places])
+
+
+def _mask(unit: Unit, weight: str, path: str, name: str) -> bool:
+    """Mask one weight in one of its owners, or refuse it with the reason."""
+    owner = unit.owners.get(path)
+    if owner is None or name not in owner.names:
+        unit.refuse(weight, "the recorded forward does not multiply, convolve or look up with it")
+    elif hasattr(owner.parameter(name), "to_local"):
+        unit.refuse(weight, "a DTensor: mask the model before it is distributed")
+    else:
+        return mask_read(owner, name)
+    return False
 
 
 def mask_read(owner: Owner, name: str) -> bool:
     """Put the op behind the read of parameter `name`; False when it is there."""
     buffer = MASK_PREFIX + name
-    read = owner.read(name)
-    if read is None or owner.read(buffer) is not None:
+    [read] = owner.graph.graph.find_nodes(op="get_attr", target=name)
+    if owner.read(buffer) is not None:
         return False
     owner.graph.register_buffer(buffer, _ones(owner.parameter(name)), persistent=False)
     graph, users = owner.graph.graph, list(read.users)
@@ -55,6 +67,7 @@ def mask_read(owner: Owner, name: str) -> bool:
         bits = graph.get_attr(buffer)
     with graph.inserting_after(bits):
         masked = graph.call_function(torch.ops.gapfx.mask.default, (read, bits))
+    masked.meta["shape"] = read.meta["shape"]
     for user in users:
         user.replace_input_with(read, masked)
     return True
