@@ -113,9 +113,9 @@ def _run_phase(run: _PhaseRun, state: TrainState) -> None:
     check_zeros(state)
     _leave(run, state)
     check_ranks_agree(state)
+    if phase.prune:
+        _evaluate(run, build_module(job.plan, run.skeleton, state), state)
     _checkpoint(run, state)
-    if job.evaluate and phase.prune:
-        _evaluate(run, _module(run, state), state)
 
 
 def _enter(run: _PhaseRun, state: TrainState) -> None:
@@ -123,8 +123,8 @@ def _enter(run: _PhaseRun, state: TrainState) -> None:
     if phase.state == "reset":
         state.optimizer = OptimizerState()
     grow(state, plan, phase.grow)
-    names = {"grow": _names(plan, phase.grow), "prune": _names(plan, phase.prune)}
-    run.emit("phase", state.step, name=phase.name, round=phase.round, stop=phase.stop, **names)
+    facts = {"grow": _names(plan, phase.grow), "prune": _names(plan, phase.prune), "sparsity": sparsity_now(state)}
+    run.emit("phase", state.step, name=phase.name, round=phase.round, stop=phase.stop, **facts)
 
 
 def _leave(run: _PhaseRun, state: TrainState) -> None:
@@ -140,19 +140,20 @@ def _names(plan: Plan, groups: tuple[int, ...]) -> list[str]:
     return [plan.groups[group].name for group in groups]
 
 
-def _module(run: _PhaseRun, state: TrainState) -> nn.Module:
-    module = module_from(run.skeleton, state.weights, local_device())
+def build_module(plan: Plan, skeleton: nn.Module, state: TrainState) -> nn.Module:
+    """A fresh masked module in fp32 that holds the state, on this rank's device."""
+    module = module_from(skeleton, state.weights, local_device())
     with torch.no_grad():
         for fqn, buffer in buffers_of(module):
             buffer.copy_(state.buffers[fqn])
-        for weight in run.job.plan.weights():
+        for weight in plan.weights():
             for fqn in (weight.fqn, *weight.aliases):
                 write_bits(module, fqn, state.bits[weight.fqn])
     return module
 
 
 def _open(run: _PhaseRun, state: TrainState) -> Engine:
-    engine = Engine(_module(run, state), run.job.optimizer, run.job.engine)
+    engine = Engine(build_module(run.job.plan, run.skeleton, state), run.job.optimizer, run.job.engine)
     engine.load_optimizer_state(state.optimizer)
     engine.module.train()
     return engine
@@ -193,7 +194,7 @@ def _train_steps(run: _PhaseRun, engine: Engine, state: TrainState) -> None:
         if is_last or _is_due(state.step, pace.log):
             facts = {"loss": loss, "lr": engine.lr(factor), "grad_norm": result.grad_norm}
             run.emit("step", state.step, **facts, seconds=time.monotonic() - run.began)
-        if job.evaluate and (is_last or _is_due(state.step, pace.evaluate)):
+        if is_last or _is_due(state.step, pace.evaluate):
             _evaluate(run, engine.module, state)
         if not is_last and (stop or _is_due(state.step, pace.checkpoint)):
             _snapshot(engine, state)

@@ -1,0 +1,205 @@
+"""The command line. It imports torch only inside a command, so that help and mistakes cost nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from gapfx.errors import GapfxError, Interrupted, UserError
+
+INTERRUPTED_CODE = Interrupted.exit_code
+_USER_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+app = typer.Typer(
+    name="gapfx",
+    help="Train any PyTorch model sparse from scratch, by scheduled grow-and-prune (GaP).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+TaskArgument = Annotated[str, typer.Argument(help="Task file, a Python file with model(), data() and loss().")]
+Sparsity = Annotated[Optional[float], typer.Option(help="Share of zeros in each planned weight, such as 0.9.")]
+Groups = Annotated[Optional[str], typer.Option(help="Number of groups that grow in turn, or auto.")]
+PartitionOption = Annotated[Optional[str], typer.Option(help="blocks, params, stages, random or by-hand.")]
+GroupGlobs = Annotated[Optional[list[str]], typer.Option(help="Weights of one group by hand, globs joined by |.")]
+PatternOption = Annotated[Optional[str], typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:4x1).")]
+AllocationOption = Annotated[Optional[str], typer.Option(help="Sparsity of each weight: uniform, erk or global.")]
+Dense = Annotated[Optional[list[str]], typer.Option(help="Weights that stay dense: globs, or first, or last.")]
+PruneEmbeddings = Annotated[Optional[bool], typer.Option(help="Prune embeddings too.")]
+Method = Annotated[Optional[str], typer.Option(help="gap, static, dense or oneshot.")]
+Rounds = Annotated[Optional[int], typer.Option(help="Turns over all groups.")]
+PhaseEpochs = Annotated[Optional[float], typer.Option(help="Epochs for which a group is dense.")]
+FinetuneEpochs = Annotated[Optional[float], typer.Option(help="Epochs with all masks fixed at the end.")]
+StepsPerEpoch = Annotated[Optional[int], typer.Option(help="For data without a length.")]
+BatchSize = Annotated[Optional[int], typer.Option(help="Samples of an optimizer step over all ranks.")]
+MicroBatch = Annotated[Optional[int], typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of everything random.")]
+PlanOption = Annotated[Optional[Path], typer.Option(help="Use this plan.json, edited by hand for example.")]
+Passes = Annotated[str, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
+ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each pass changed in the graphs.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
+
+
+@app.command()
+def sparsify(
+    task: TaskArgument,
+    out: Annotated[Optional[Path], typer.Option(help="Run directory; runs/TASK-METHOD by default.")] = None,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    groups: Groups = None,
+    partition: PartitionOption = None,
+    group: GroupGlobs = None,
+    pattern: PatternOption = None,
+    allocation: AllocationOption = None,
+    criterion: Annotated[Optional[str], typer.Option(help="What a prune keeps: magnitude or random.")] = None,
+    dense: Dense = None,
+    prune_embeddings: PruneEmbeddings = None,
+    rounds: Rounds = None,
+    phase_epochs: PhaseEpochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    steps_per_epoch: StepsPerEpoch = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    clip: Annotated[Optional[float], typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
+    state: Annotated[Optional[str], typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="fp32 or bf16.")] = None,
+    zero: Annotated[Optional[int], typer.Option(help="ZeRO stage, 1 or 2.")] = None,
+    form: Annotated[Optional[str], typer.Option(help="How a sparse weight is held: masked.")] = None,
+    nproc: Annotated[Optional[int], typer.Option(help="Ranks to start on this machine.")] = None,
+    seed: Seed = None,
+    log_every: Annotated[Optional[int], typer.Option(help="Steps between log lines.")] = None,
+    eval_epochs: Annotated[Optional[float], typer.Option(help="Epochs between evaluations.")] = None,
+    checkpoint_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
+    keep_checkpoints: Annotated[Optional[int], typer.Option(help="Checkpoints that are kept.")] = None,
+    plan: PlanOption = None,
+    passes: Passes = "",
+    show_passes: ShowPasses = False,
+    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train TASK sparse from scratch and write the run directory."""
+    flags = _given(locals(), "task", "out", "plan", "passes", "show_passes", "entry", "resume", "force", "debug")
+    from gapfx.commands import Source, train_task
+
+    source = Source(task, entry, flags)
+    if resume and force:
+        raise UserError("--resume and --force exclude each other", fix="continue the run or replace it")
+    raise typer.Exit(train_task(source, out, plan, passes, show_passes=show_passes, resume=resume, force=force))
+
+
+@app.command("plan")
+def plan_command(
+    task: TaskArgument,
+    method: Method = None,
+    sparsity: Sparsity = None,
+    groups: Groups = None,
+    partition: PartitionOption = None,
+    group: GroupGlobs = None,
+    pattern: PatternOption = None,
+    allocation: AllocationOption = None,
+    dense: Dense = None,
+    prune_embeddings: PruneEmbeddings = None,
+    rounds: Rounds = None,
+    phase_epochs: PhaseEpochs = None,
+    finetune_epochs: FinetuneEpochs = None,
+    steps_per_epoch: StepsPerEpoch = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    seed: Seed = None,
+    plan: PlanOption = None,
+    passes: Passes = "",
+    show_passes: ShowPasses = False,
+    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
+    input_shapes: Annotated[
+        str, typer.Option("--input", help="Shapes of the model's inputs for a task without data: '2x3x224x224'.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show groups, sparsity and phases without training."""
+    flags = _given(locals(), "task", "plan", "passes", "show_passes", "entry", "input_shapes", "as_json", "debug")
+    from gapfx.commands import Source, show_plan
+
+    text = show_plan(Source(task, entry, flags), input_shapes, plan, passes, show_passes=show_passes, as_json=as_json)
+    typer.echo(text)
+
+
+@app.command("passes")
+def passes_command() -> None:
+    """List the compiler passes with their options."""
+    from gapfx.commands import describe_passes
+
+    typer.echo(describe_passes())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: Debug = False) -> None:
+    """Write RUN/report.html again and show the result."""
+    from gapfx.commands import show_report
+
+    typer.echo(show_report(run))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False
+) -> None:
+    """Say what this machine offers: versions, devices, threads, memory."""
+    from gapfx.doctor import examine, format_findings
+
+    findings = examine()
+    typer.echo(json.dumps(findings, indent=1) if as_json else format_findings(findings))
+
+
+def _given(values: dict[str, Any], *outside: str) -> dict[str, Any]:
+    """The flags that name settings."""
+    return {name: value for name, value in values.items() if name not in outside}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="gapfx", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; a run continues with --resume", INTERRUPTED_CODE)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _handle(error)
+    return code if isinstance(code, int) else 0
+
+
+def _handle(error: Exception) -> int:
+    if isinstance(error, UserError):
+        if os.environ.get("RANK", "0") != "0":
+            # Rank 0 says the same; this rank speaks only if the mistake is its own.
+            time.sleep(2)
+        return _fail(f"error: {error}", error.exit_code)
+    if isinstance(error, GapfxError):
+        return _fail(str(error), error.exit_code)
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag; typer formats it
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
+        return 2
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return _fail(f"error: {error}\n  to do: check the disk and its permissions; --resume continues a run", 2)
+    if "--debug" not in sys.argv:
+        traceback.print_exception(error)
+    return _fail("gapfx failed; this is a defect of gapfx", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+

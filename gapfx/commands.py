@@ -1,0 +1,148 @@
+"""What each command does, as functions of plain values that return text or an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gapfx.errors import PlanError, UserError
+from gapfx.settings import Settings, merge
+from gapfx.task import Task, load_task, split_entry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task argument (`file.py` or `file.py:name`), `--entry`, and the flags that name settings."""
+
+    task: str
+    entry: str
+    flags: Mapping[str, Any]
+
+    def load(self) -> tuple[Task, Settings]:
+        """The task and its settings: gapfx's defaults, the task's, the flags."""
+        path, name = split_entry(self.task)
+        if self.entry:
+            entry_path, entry_name = split_entry(self.entry)
+            name = entry_name if ":" in self.entry else self.entry
+            path = entry_path if ":" in self.entry else path
+        task = load_task(path, name)
+        return task, merge((f"defaults of {path}", task.defaults), ("the command line", self.flags))
+
+    def default_out(self, method: str) -> Path:
+        """`runs/TASK-METHOD`."""
+        return Path("runs") / f"{split_entry(self.task)[0].stem}-{method}"
+
+
+def train_task(
+    source: Source, out: Path | None, plan: Path | None, passes: str, *, show_passes: bool, resume: bool, force: bool
+) -> int:
+    """Train, as a rank when a launcher made this process one, else with as many ranks as the settings say."""
+    from gapfx.runtime.launch import is_rank, run_local_ranks, single_process_environment
+
+    if not is_rank():
+        _, settings = source.load()
+        if settings.nproc > 1:
+            return run_local_ranks(sys.argv[1:], settings.nproc)
+        single_process_environment()
+    task, settings = source.load()
+    from gapfx.training import Request, run_training
+
+    request = Request(
+        out=out or source.default_out(settings.method),
+        resume=resume,
+        force=force,
+        plan=plan,
+        passes=passes,
+        observer=_print_pass if show_passes else None,
+    )
+    summary = run_training(task, settings, request)
+    if summary:
+        from gapfx.report import format_summary
+
+        print(format_summary(request.out))
+    return 0
+
+
+def show_plan(
+    source: Source, input_shapes: str, plan: Path | None, passes: str, *, show_passes: bool, as_json: bool
+) -> str:
+    """Groups, weights and phases of a task as text or JSON."""
+    task, settings = source.load()
+    from gapfx.plan import Plan
+    from gapfx.sparse import compile_model
+    from gapfx.text import format_phases, format_plan
+    from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
+
+    given = Plan.load(plan) if plan else None
+    observer = _print_pass if show_passes else None
+    if task.data and task.loss and not input_shapes:
+        feed = make_feed(task, settings, rank=0, world_size=1)
+        compiled = compile_task(task, settings, feed, given, Request(Path(), passes=passes, observer=observer))
+        made = with_phases(compiled.plan, settings, feed)
+    else:
+        model, inputs = build_model(task, settings), _inputs(task, input_shapes)
+        options = compile_options(settings, passes)
+        compiled = compile_model(model, lambda m: m(*inputs), options, plan=given, observer=observer)
+        made = compiled.plan
+    if as_json:
+        return made.to_json()
+    parts = [format_plan(made), format_phases(made) if made.phases else "", *(f"note: {note}" for note in compiled.notes)]
+    return "\n".join(part for part in parts if part)
+
+
+def _inputs(task: Task, text: str) -> tuple[Any, ...]:
+    import torch
+
+    if text:
+        shapes = text.split(",")
+        wrong = [shape for shape in shapes if not re.fullmatch(r"\d+(x\d+)*", shape.strip())]
+        if wrong:
+            raise UserError(f"cannot read the shape {wrong[0]!r}", fix="write --input 2x3x224x224, inputs split by commas")
+        return tuple(torch.randn(*map(int, shape.strip().split("x"))) for shape in shapes)
+    if task.example is None:
+        raise UserError(
+            "the task has no data, so there is nothing to run the model on",
+            where=str(task.path),
+            fix="define data(split) and loss(model, batch), or example(), or give --input 2x3x224x224",
+        )
+    example = task.example()
+    return example if isinstance(example, tuple) else (example,)
+
+
+def describe_passes() -> str:
+    """Every pass with its options, in the order of the default pipeline where it has a place."""
+    import gapfx.passes
+    from gapfx.compiler import PASSES, Analysis
+
+    lines = [f"default: {','.join(step.name for step in gapfx.passes.default_pipeline().passes)}", ""]
+    for name in PASSES:
+        kind = "analysis" if issubclass(PASSES[name], Analysis) else "rewrite"
+        summary = (PASSES[name].__doc__ or "").strip().splitlines()[0]
+        lines.append(f"{name} ({kind}): {summary}")
+        lines += [f"    {field.name} = {field.default!r}" for field in dataclasses.fields(PASSES[name])]
+    return "\n".join(lines)
+
+
+def show_report(run: Path) -> str:
+    """Write the report of a run directory and give its path and summary."""
+    from gapfx.report import format_summary, write_report
+
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} holds no run", fix="give the directory that sparsify wrote")
+    try:
+        return f"{format_summary(run)}\n{write_report(run)}"
+    except PlanError as error:
+        raise UserError(f"the run cannot be shown: {error.what}", where=error.where) from error
+
+
+def _print_pass(name: str, before: str, after: str, num_before: int, num_after: int) -> None:
+    from gapfx.text import format_diff
+
+    print(f"{name}: nodes {num_before} -> {num_after} ({num_after - num_before:+d})")
+    if before != after:
+        print(format_diff(before, after))

@@ -1,0 +1,72 @@
+"""Turns the events of a run into metrics.jsonl and progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from gapfx.plan import Plan
+from gapfx.progress import Progress
+from gapfx.run_dir import RunDir
+from gapfx.runtime.grow_prune import TrainState, sparsity_now
+from gapfx.settings import Settings
+
+
+class Recording:
+    """Writes every event at once, so that a crash loses none; without a path (ranks above 0) it writes nothing."""
+
+    def __init__(self, path: Path | None, plan: Plan, progress: Progress) -> None:
+        self._path, self._plan, self._progress = path, plan, progress
+        self._sparsity = 0.0
+        events = RunDir(path.parent).events() if path else []
+        self.seconds_before: float = next((e["seconds"] for e in reversed(events) if "seconds" in e), 0.0)
+
+    def start(self, settings: Settings, state: TrainState, *, is_resumed: bool) -> None:
+        """The first event of a run, or of its continuation; shows the phase that a resumed run is in."""
+        self._sparsity = sparsity_now(state)
+        if is_resumed:
+            self.emit({"event": "resume", "step": state.step})
+            self._progress.note(f"resumed at step {state.step}")
+            inside = [phase for phase in self._plan.phases if phase.start < state.step < phase.stop]
+            for phase in inside:
+                self._progress.phase(phase, self._plan)
+            return
+        facts = {"method": self._plan.method, "num_steps": self._plan.num_steps, "phases": len(self._plan.phases)}
+        self.emit({"event": "start", "step": 0, "time": time.time(), "world_size": settings.nproc, **facts})
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Record one event."""
+        if self._path is None:
+            return
+        if "seconds" in event and event["event"] == "step":
+            event = {**event, "seconds": event["seconds"] + self.seconds_before}
+        with self._path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        show = getattr(self, f"_show_{event['event']}", None)
+        if show is not None:
+            show(event)
+
+    def _show_phase(self, event: dict[str, Any]) -> None:
+        self._sparsity = event["sparsity"]
+        self._progress.phase(self._plan.phases[event["phase"]], self._plan)
+
+    def _show_step(self, event: dict[str, Any]) -> None:
+        self._progress.step(event["step"], event["loss"], event["lr"], self._plan.sparsity, self._sparsity)
+
+    def _show_eval(self, event: dict[str, Any]) -> None:
+        self._sparsity = event["sparsity"]
+        self._progress.eval(event["step"], event["metrics"])
+
+    def _show_prune(self, event: dict[str, Any]) -> None:
+        weights = event["weights"].values()
+        kept, numel = sum(w["kept"] for w in weights), sum(w["numel"] for w in weights)
+        changed = sum(w["changed_bits"] for w in weights)
+        self._progress.note(
+            f"pruned {', '.join(event['groups'])}: kept {kept:,} of {numel:,}, {changed:,} mask bits changed, "
+            f"{event['explored']:.1%} of weights explored"
+        )
+
+    def _show_checkpoint(self, event: dict[str, Any]) -> None:
+        self._progress.note(f"checkpoint of step {event['step']} written")
