@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gapfx.errors import GapfxError as GapfxError
     from gapfx.errors import UserError as UserError
     from gapfx.plan import Plan as Plan
-    from gapfx.sparsify import sparsify as sparsify
+    from gapfx.sparse import Sparse as Sparse
+    from gapfx.sparse import sparsify as sparsify
 
     __version__: str
 
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "GapfxError": "gapfx.errors",
     "Plan": "gapfx.plan",
+    "Sparse": "gapfx.sparse",
     "UserError": "gapfx.errors",
-    "sparsify": "gapfx.sparsify",
+    "sparsify": "gapfx.sparse",
 }
 
-__all__ = ["GapfxError", "Plan", "UserError", "__version__", "sparsify"]
+__all__ = ["GapfxError", "Plan", "Sparse", "UserError", "__version__", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -48,14 +48,3 @@ def _version() -> str:
         return importlib.metadata.version("gapfx")
     except importlib.metadata.PackageNotFoundError:
         return "0+unknown"
-
-
-class _Package(ModuleType):
-    """The type of this package: a sub-module never hides the public function of the same name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -27,23 +27,23 @@ app = typer.Typer(
 )
 
 TaskArgument = Annotated[str, typer.Argument(help="Task file, a Python file with model(), data() and loss().")]
-Sparsity = Annotated[Optional[float], typer.Option(help="Share of zeros in each planned weight, such as 0.9.")]
-Groups = Annotated[Optional[str], typer.Option(help="Number of groups that grow in turn, or auto.")]
-PartitionOption = Annotated[Optional[str], typer.Option(help="blocks, params, stages, random or by-hand.")]
-GroupGlobs = Annotated[Optional[list[str]], typer.Option(help="Weights of one group by hand, globs joined by |.")]
-PatternOption = Annotated[Optional[str], typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:4x1).")]
-AllocationOption = Annotated[Optional[str], typer.Option(help="Sparsity of each weight: uniform, erk or global.")]
-Dense = Annotated[Optional[list[str]], typer.Option(help="Weights that stay dense: globs, or first, or last.")]
-PruneEmbeddings = Annotated[Optional[bool], typer.Option(help="Prune embeddings too.")]
-Method = Annotated[Optional[str], typer.Option(help="gap, static, dense or oneshot.")]
-Rounds = Annotated[Optional[int], typer.Option(help="Turns over all groups.")]
-PhaseEpochs = Annotated[Optional[float], typer.Option(help="Epochs for which a group is dense.")]
-FinetuneEpochs = Annotated[Optional[float], typer.Option(help="Epochs with all masks fixed at the end.")]
-StepsPerEpoch = Annotated[Optional[int], typer.Option(help="For data without a length.")]
-BatchSize = Annotated[Optional[int], typer.Option(help="Samples of an optimizer step over all ranks.")]
-MicroBatch = Annotated[Optional[int], typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of everything random.")]
-PlanOption = Annotated[Optional[Path], typer.Option(help="Use this plan.json, edited by hand for example.")]
+Sparsity = Annotated[float | None, typer.Option(help="Share of zeros in each planned weight, such as 0.9.")]
+Groups = Annotated[str | None, typer.Option(help="Number of groups that grow in turn, or auto.")]
+PartitionOption = Annotated[str | None, typer.Option(help="blocks, params, stages, random or by-hand.")]
+GroupGlobs = Annotated[list[str] | None, typer.Option(help="Weights of one group by hand, globs joined by |.")]
+PatternOption = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:4x1).")]
+AllocationOption = Annotated[str | None, typer.Option(help="Sparsity of each weight: uniform, erk or global.")]
+Dense = Annotated[list[str] | None, typer.Option(help="Weights that stay dense: globs, or first, or last.")]
+PruneEmbeddings = Annotated[bool | None, typer.Option(help="Prune embeddings too.")]
+Method = Annotated[str | None, typer.Option(help="gap, static, dense or oneshot.")]
+Rounds = Annotated[int | None, typer.Option(help="Turns over all groups.")]
+PhaseEpochs = Annotated[float | None, typer.Option(help="Epochs for which a group is dense.")]
+FinetuneEpochs = Annotated[float | None, typer.Option(help="Epochs with all masks fixed at the end.")]
+StepsPerEpoch = Annotated[int | None, typer.Option(help="For data without a length.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples of an optimizer step over all ranks.")]
+MicroBatch = Annotated[int | None, typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+PlanOption = Annotated[Path | None, typer.Option(help="Use this plan.json, edited by hand for example.")]
 Passes = Annotated[str, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
 ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each pass changed in the graphs.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
@@ -52,7 +52,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of erro
 @app.command()
 def sparsify(
     task: TaskArgument,
-    out: Annotated[Optional[Path], typer.Option(help="Run directory; runs/TASK-METHOD by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK-METHOD by default.")] = None,
     method: Method = None,
     sparsity: Sparsity = None,
     groups: Groups = None,
@@ -60,7 +60,7 @@ def sparsify(
     group: GroupGlobs = None,
     pattern: PatternOption = None,
     allocation: AllocationOption = None,
-    criterion: Annotated[Optional[str], typer.Option(help="What a prune keeps: magnitude or random.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude or random.")] = None,
     dense: Dense = None,
     prune_embeddings: PruneEmbeddings = None,
     rounds: Rounds = None,
@@ -69,17 +69,17 @@ def sparsify(
     steps_per_epoch: StepsPerEpoch = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
-    clip: Annotated[Optional[float], typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
-    state: Annotated[Optional[str], typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="fp32 or bf16.")] = None,
-    zero: Annotated[Optional[int], typer.Option(help="ZeRO stage, 1 or 2.")] = None,
-    form: Annotated[Optional[str], typer.Option(help="How a sparse weight is held: masked.")] = None,
-    nproc: Annotated[Optional[int], typer.Option(help="Ranks to start on this machine.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
+    state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 1 or 2.")] = None,
+    form: Annotated[str | None, typer.Option(help="How a sparse weight is held: masked.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
     seed: Seed = None,
-    log_every: Annotated[Optional[int], typer.Option(help="Steps between log lines.")] = None,
-    eval_epochs: Annotated[Optional[float], typer.Option(help="Epochs between evaluations.")] = None,
-    checkpoint_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
-    keep_checkpoints: Annotated[Optional[int], typer.Option(help="Checkpoints that are kept.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
+    eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="Checkpoints that are kept.")] = None,
     plan: PlanOption = None,
     passes: Passes = "",
     show_passes: ShowPasses = False,
@@ -152,9 +152,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: D
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
     """Say what this machine offers: versions, devices, threads, memory."""
     from gapfx.doctor import examine, format_findings
 
@@ -202,4 +200,3 @@ def _handle(error: Exception) -> int:
 def _fail(message: str, code: int) -> int:
     print(message, file=sys.stderr, flush=True)
     return code
-

@@ -91,7 +91,11 @@ def show_plan(
         made = compiled.plan
     if as_json:
         return made.to_json()
-    parts = [format_plan(made), format_phases(made) if made.phases else "", *(f"note: {note}" for note in compiled.notes)]
+    parts = [
+        format_plan(made),
+        format_phases(made) if made.phases else "",
+        *(f"note: {note}" for note in compiled.notes),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -102,7 +106,9 @@ def _inputs(task: Task, text: str) -> tuple[Any, ...]:
         shapes = text.split(",")
         wrong = [shape for shape in shapes if not re.fullmatch(r"\d+(x\d+)*", shape.strip())]
         if wrong:
-            raise UserError(f"cannot read the shape {wrong[0]!r}", fix="write --input 2x3x224x224, inputs split by commas")
+            raise UserError(
+                f"cannot read the shape {wrong[0]!r}", fix="write --input 2x3x224x224, inputs split by commas"
+            )
         return tuple(torch.randn(*map(int, shape.strip().split("x"))) for shape in shapes)
     if task.example is None:
         raise UserError(

@@ -110,7 +110,7 @@ class NOfM:
         return None if inputs % self.m == 0 else f"{inputs} inputs do not divide into runs of {self.m}"
 
     def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
-        """n of every m, whatever `sparsity` says."""
+        """N of every m, whatever `sparsity` says."""
         return math.prod(shape) * self.n // self.m
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
@@ -177,5 +177,3 @@ def parse_pattern(text: str) -> Pattern:
         return NOfM(n, m)
     name, _, options = text.partition(":")
     return PATTERNS[name](options)
-
-

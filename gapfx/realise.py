@@ -103,6 +103,21 @@ def _read_function(value: fx.Node) -> tuple[Callable[..., Tensor], tuple[str, ..
     return functools.partial(forward, None), tuple(sources)
 
 
+class _Unmasked:
+    """An RNN for its own input check, which asks for the dtype of a weight: that needs no mask."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _check_input(self: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
+    nn.RNNBase.check_input(cast(Any, _Unmasked(self)), input, batch_sizes)
+
+
 def _flat_weights(self: Any) -> list[Tensor | None]:
     return [getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -115,4 +130,5 @@ _RNN: dict[str, Any] = {
     "_flat_weights": property(_flat_weights, _ignore),
     "_update_flat_weights": _ignore,
     "flatten_parameters": _ignore,
+    "check_input": _check_input,
 }

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from gapfx.errors import AuditError
 from gapfx.masks import count_kept
 from gapfx.plan import Plan
 from gapfx.report import write_report

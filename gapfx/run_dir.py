@@ -58,10 +58,14 @@ class RunDir:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             if not self.config.is_file():
                 raise UserError(
-                    f"{self.path} exists and is not a run", fix="give another --out; gapfx deletes nothing that it did not make"
+                    f"{self.path} exists and is not a run",
+                    fix="give another --out; gapfx deletes nothing that it did not make",
                 )
             if not force:
-                raise UserError(f"{self.path} already holds a run", fix="continue it with --resume, replace it with --force, or give another --out")
+                raise UserError(
+                    f"{self.path} already holds a run",
+                    fix="continue it with --resume, replace it with --force, or give another --out",
+                )
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, settings.to_json())

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from gapfx.run_dir import RunDir, write_atomically
 from gapfx.runtime.checkpoint import load_checkpoint
 from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
 from gapfx.runtime.feed import DeviceLoader, Feed, whole_loader
-from gapfx.runtime.grow_prune import TrainState
 from gapfx.runtime.learning_rate import warmup_cosine
 from gapfx.runtime.loop import Job, Pace, initial_state, train
 from gapfx.runtime.seeds import seed_everything
@@ -265,7 +264,7 @@ def _rank() -> int:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def _stop_on_signal() -> Generator[Callable[[], bool]]:
     """The first Ctrl-C (or SIGTERM) asks for a stop after the step; the second one stops at once."""
     asked = threading.Event()
 

@@ -15,10 +15,15 @@ def find_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> tuple[s
     return (
         *_device_notes(model),
         *_call_notes(watch),
-        *_opaque_notes(watch, uses),
+        *_opaque_notes(model, watch, uses),
+        *_write_notes(watch),
         *_constant_notes(watch),
         *_data_notes(watch),
     )
+
+
+def _name(fqn: str) -> str:
+    return fqn or "the root"
 
 
 def _device_notes(model: nn.Module) -> Iterator[str]:
@@ -33,13 +38,25 @@ def _call_notes(watch: Watch) -> Iterator[str]:
         yield f"a module of class {name} is called but not registered in the model: its weights stay dense"
 
 
-def _opaque_notes(watch: Watch, uses: tuple[Use, ...]) -> Iterator[str]:
+def _opaque_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> Iterator[str]:
     kinds = {node.name: node.meta.get("kind") for node in watch.recorder.graph.nodes}
-    for use in dict.fromkeys(uses):
+    matrices = {fqn for fqn, parameter in model.named_parameters() if parameter.ndim > 1}
+    taken: dict[str, dict[str, None]] = {}
+    for use in uses:
+        why = f"{_name(use.user)}: {{}} goes into the custom autograd Function {use.fn}, which cannot be looked into"
         if use.fn == "script_module":
-            yield f"{use.user}: a ScriptModule, which cannot be looked into: {use.fqn} stays dense"
-        elif kinds.get(use.node) == "autograd_function":
-            yield f"{use.user or 'the root'}: {use.fqn} goes into the custom autograd Function {use.fn}: it stays dense"
+            why = f"{use.user}: {{}} belongs to a ScriptModule, which cannot be looked into"
+        elif kinds.get(use.node) != "autograd_function":
+            continue
+        if use.fqn in matrices:
+            taken.setdefault(why, {})[use.fqn] = None
+    for why, fqns in taken.items():
+        yield why.format(", ".join(fqns))
+
+
+def _write_notes(watch: Watch) -> Iterator[str]:
+    for fqn in watch.written_parameters():
+        yield f"the model: its forward writes into the parameter {fqn} in place; the value stays as written"
 
 
 def _constant_notes(watch: Watch) -> Iterator[str]:
@@ -49,10 +66,10 @@ def _constant_notes(watch: Watch) -> Iterator[str]:
             user = node.meta["stack"][-1][0]
             modules[user] = modules.get(user, 0) + 1
     for user, count in modules.items():
-        yield f"{user or 'the root'}: constants of the graph: {count} tensors that are no input, parameter or buffer"
+        yield f"{_name(user)}: constants of the graph: {count} tensors that are no input, parameter or buffer"
 
 
 def _data_notes(watch: Watch) -> Iterator[str]:
     for module, markers in watch.recorder.markers.items():
         ops = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in markers.items())
-        yield f"{module or 'the root'}: the path depends on values ({ops}): the graph is one path of several"
+        yield f"{_name(module)}: the path depends on values ({ops}): the graph is one path of several"

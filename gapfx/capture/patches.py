@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from gapfx.capture.leaves import is_leaf
+from gapfx.capture.memory import version
 from gapfx.capture.recorder import Recorder, input_names
 
 
@@ -29,6 +30,7 @@ class Watch:
         self.first_call = ""
         self.unregistered: set[str] = set()
         self._known = {id(parameter) for parameter in model.parameters()}
+        self._versions = {fqn: version(parameter) for fqn, parameter in model.named_parameters()}
         self._thread = threading.get_ident()
         self._is_recording = False
 
@@ -36,6 +38,11 @@ class Watch:
     def is_done(self) -> bool:
         """Whether the forward was recorded to its end."""
         return self.num_root_calls > 0 and not self._is_recording
+
+    def written_parameters(self) -> list[str]:
+        """FQNs of parameters written in place since the watch began."""
+        now = {fqn: version(parameter) for fqn, parameter in self.model.named_parameters()}
+        return [fqn for fqn, was in self._versions.items() if now.get(fqn, was) != was]
 
     def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module(*args, **kwargs)` does now."""

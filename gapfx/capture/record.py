@@ -59,9 +59,9 @@ def _eager() -> Generator[None]:
 def _check_called(watch: Watch) -> None:
     if watch.num_root_calls:
         return
-    called = f"it calls {watch.first_call!r} but " if watch.first_call else ""
+    instead = f", only its module {watch.first_call!r}" if watch.first_call else ""
     raise CaptureError(
-        f"the model was never called: {called}only a forward of the whole model can be recorded",
+        f"the loss never calls the model itself{instead}",
         where=f"loss(model, batch) with a {type(watch.model).__name__}",
         fix="call model(...) in the loss; move what it does around the forward into the model",
     )

@@ -43,6 +43,8 @@ class Recorder(TorchFunctionMode):
         self.markers: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.opaque_reads: set[str] | None = None
         self._num_calls: Counter[str] = Counter()
+        self.failed_in = ""
+        self._error: BaseException | None = None
         self._suspended = 0
 
     @property
@@ -64,9 +66,14 @@ class Recorder(TorchFunctionMode):
         """Scope of one call of a module."""
         self._num_calls[fqn] += 1
         self.scope.append((fqn, self._num_calls[fqn]))
-        yield
-        # Not in a finally: after an error the scope still says where it happened.
-        self.scope.pop()
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._error:
+                self._error, self.failed_in = error, fqn
+            raise
+        finally:
+            self.scope.pop()
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[int]]:
         """Call with recording suspended -> (result, storages written during the call)."""
@@ -98,12 +105,11 @@ class Recorder(TorchFunctionMode):
         """A node for a function call; what generated code cannot import is called through a box."""
         values = self.values
         node_args, node_kwargs = tuple(values.argument(arg) for arg in args), values.argument(kwargs)
-        if is_importable(function):
-            node = self.graph.call_function(function, node_args, node_kwargs)
-        else:
-            boxed = values.box(function)
-            node = self.graph.call_function(call_boxed, (boxed, *node_args), node_kwargs)
-        node.meta["fn"] = function_name(function)
+        fn = function_name(function)
+        if not is_importable(function):
+            node_args, function = (values.box(function), *node_args), call_boxed
+        node = self.graph.create_node("call_function", function, node_args, node_kwargs, name=_op_name(fn, args))
+        node.meta["fn"] = fn
         self._finish(node, (args, kwargs), out, written)
         return node
 
@@ -188,6 +194,11 @@ def function_name(function: Any) -> str:
     name = str(getattr(function, "__name__", function))
     dunder = re.fullmatch(r"__[ri]?(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor)__|__(\w+)__", name)
     return (dunder[1] or dunder[2]) if dunder else name
+
+
+def _op_name(fn: str, args: Any) -> str:
+    """Name for a node: attribute reads are named after the attribute."""
+    return str(args[1]) if fn == "getattr" else fn
 
 
 def input_names(parameter_names: Sequence[str], args: Any, kwargs: Any) -> Iterator[tuple[str, Tensor]]:

@@ -57,7 +57,7 @@ def failed_forward(model: nn.Module, watch: Watch, error: Exception) -> CaptureE
     meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         what = f"{meta[0]} is on the meta device and has no values ({what})"
-    fqn = watch.recorder.module
+    fqn = watch.recorder.failed_in
     where = f"{fqn or 'the root'} ({type(model.get_submodule(fqn)).__name__}){_line(error, ', ')}"
     fix = "build the model on a real device, or give inputs on the meta device" if meta else ""
     return CaptureError(f"the forward fails: {what}", where=where, fix=fix)

@@ -78,9 +78,10 @@ def join_process_group() -> None:
 
 def local_device() -> torch.device:
     """The device of this rank, by DeepSpeed's accelerator."""
-    from deepspeed.accelerator import get_accelerator
+    import deepspeed.accelerator
 
-    return torch.device(get_accelerator().current_device_name())
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    return torch.device(accelerator.current_device_name())
 
 
 class Engine:
@@ -89,9 +90,11 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: OptimizerFactory, options: EngineOptions) -> None:
         import deepspeed
 
-        self._fp32 = {fqn: p.detach().clone() for fqn, p in module.named_parameters()} if options.dtype != "fp32" else {}
+        self._fp32 = (
+            {fqn: p.detach().clone() for fqn, p in module.named_parameters()} if options.dtype != "fp32" else {}
+        )
         trainable = [p for p in module.parameters() if p.requires_grad]
-        made = optimizer(trainable)
+        made: object = optimizer(trainable)
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"optimizer(params) returned a {type(made).__name__}", fix="return a torch.optim.Optimizer")
         world_size = torch.distributed.get_world_size()
@@ -114,7 +117,7 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         return StepResult(float(torch.stack(losses).mean()), float(norm) if norm is not None else float("nan"))
 
-    def _accumulate(self, value: Tensor) -> Tensor:
+    def _accumulate(self, value: object) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
@@ -152,9 +155,9 @@ class Engine:
         for parameter in self.module.parameters():
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)
-            parameter.__dict__.clear()
+            vars(parameter).clear()
         for part in (zero, engine):
-            part.__dict__.clear()
+            vars(part).clear()
         inner.state.clear()
         inner.param_groups.clear()
         gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class Feed:
             )
         )
 
-    def _indices(self, start: int, stop: int) -> Iterator[Sequence[int]]:
+    def _indices(self, start: int, stop: int) -> Iterator[list[int]]:
         order, order_epoch = [], -1
         for step in range(start, stop):
             epoch, position = divmod(step, self.steps_per_epoch)

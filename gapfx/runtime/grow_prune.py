@@ -42,7 +42,8 @@ class TrainState:
 @dataclass(frozen=True)
 class PrunedWeight:
     """One prune of one weight: kept weights, mask bits that differ from the mask before it grew, and the relative
-    error |w - w*m|^2 / |w|^2 of the prune (the delta^2 of the paper's theorem)."""
+    error |w - w*m|^2 / |w|^2 of the prune (the delta^2 of the paper's theorem).
+    """
 
     numel: int
     kept: int
@@ -123,5 +124,3 @@ def _set_mask(state: TrainState, weight: Weight, mask: Tensor) -> None:
     state.weights[weight.fqn].masked_fill_(~mask, 0)
     for moments in state.optimizer.moments.values():
         moments[weight.fqn].masked_fill_(~mask, 0)
-
-

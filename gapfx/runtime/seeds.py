@@ -29,7 +29,7 @@ def seed_everything(*parts: int) -> None:
     """Seed torch (all devices), numpy and random from the mixed parts."""
     value = mixed_seed(*parts)
     torch.manual_seed(value)
-    np.random.seed(value & 0xFFFF_FFFF)  # noqa: NPY002 - user code may draw from the global generator
+    np.random.seed(value & 0xFFFF_FFFF)
     random.seed(value)
 
 
