@@ -43,10 +43,10 @@ def _opaque_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> Iter
     matrices = {fqn for fqn, parameter in model.named_parameters() if parameter.ndim > 1}
     taken: dict[str, dict[str, None]] = {}
     for use in uses:
-        why = f"{_name(use.user)}: {{}} goes into the custom autograd Function {use.fn}, which cannot be looked into"
+        why = f"{_name(use.user)}: {{}} goes into {use.fn}, which cannot be looked into"
         if use.fn == "script_module":
             why = f"{use.user}: {{}} belongs to a ScriptModule, which cannot be looked into"
-        elif kinds.get(use.node) != "autograd_function":
+        elif kinds.get(use.node) != "opaque":
             continue
         if use.fqn in matrices:
             taken.setdefault(why, {})[use.fqn] = None

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
 import re
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import apis
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from gapfx.capture.leaves import is_leaf
 from gapfx.capture.memory import version
 from gapfx.capture.recorder import Recorder, input_names
+
+# What torch.vmap and torch.func.grad call in their home module.
+TRANSFORMS = ("vmap_impl", "grad_impl", "grad_and_value_impl")
 
 
 class Watch:
@@ -93,12 +98,22 @@ class Watch:
             return original(function, *args, **kwargs)
         if function is CheckpointFunction:  # re-entrant: its forward hides the modules, so run it unchecked
             return args[0](*args[2:])
+        return self._opaque(original.__get__(function), args, kwargs)
+
+    def transform(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a function transform such as vmap does now: its tensors have no life outside, so it is one node."""
+        if threading.get_ident() != self._thread or self.recorder.is_suspended or not self._is_recording:
+            return original(*args, **kwargs)
+        return self._opaque(original, args, kwargs)
+
+    def _opaque(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
         recorder.opaque_reads = set()
         try:
-            out, written = recorder.run(lambda *a, **k: original(function, *a, **k), args, kwargs)
+            out, written = recorder.run(function, args, kwargs)
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                node = recorder.add_function(original.__get__(function), args, kwargs, out, written)
-            node.meta.update(kind="autograd_function", reads=tuple(sorted(recorder.opaque_reads)))
+                node = recorder.add_function(function, args, kwargs, out, written)
+            node.meta.update(kind="opaque", reads=tuple(sorted(recorder.opaque_reads)))
         finally:
             recorder.opaque_reads = None
         return out
@@ -115,13 +130,27 @@ def watching(watch: Watch) -> Generator[None]:
     def watched_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return watch.apply(apply.__func__, cls, args, kwargs)
 
-    type.__setattr__(nn.Module, "__call__", watched_call)
-    type.__setattr__(Function, "apply", classmethod(watched_apply))
-    try:
+    with ExitStack() as undo:
+        _patch(undo, nn.Module, "__call__", watched_call)
+        _patch(undo, Function, "apply", classmethod(watched_apply))
+        for name in TRANSFORMS:
+            original = getattr(apis, name, None)
+            if original is not None:
+                _patch(undo, apis, name, _watched_transform(watch, original))
         yield
-    finally:
-        type.__setattr__(nn.Module, "__call__", call)
-        type.__setattr__(Function, "apply", apply)
+
+
+def _watched_transform(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return watch.transform(original, args, kwargs)
+
+    return watched
+
+
+def _patch(undo: ExitStack, owner: Any, name: str, value: object) -> None:
+    undo.callback(setattr, owner, name, vars(owner)[name])
+    setattr(owner, name, value)
 
 
 def _signature(model: nn.Module) -> Sequence[str]:

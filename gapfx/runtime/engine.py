@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,10 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: OptimizerFactory, options: EngineOptions) -> None:
         import deepspeed
 
-        self._fp32 = (
-            {fqn: p.detach().clone() for fqn, p in module.named_parameters()} if options.dtype != "fp32" else {}
-        )
+        is_rounded = options.dtype != "fp32"
+        exact = {fqn: p.detach().clone() for fqn, p in module.named_parameters()} if is_rounded else {}
         trainable = [p for p in module.parameters() if p.requires_grad]
-        made: object = optimizer(trainable)
+        made = cast(object, optimizer(trainable))
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"optimizer(params) returned a {type(made).__name__}", fix="return a torch.optim.Optimizer")
         world_size = torch.distributed.get_world_size()
@@ -105,9 +104,8 @@ class Engine:
         self.options = options
         self._zero: Any = self._deepspeed.optimizer
         self._base_lrs = [float(group["lr"]) for group in self._zero.param_groups]
-        if self._fp32:
-            write_weights(module, self._fp32)
-            self._fp32.clear()
+        if is_rounded:
+            write_weights(module, exact)
 
     def train_step(self, batches: Iterable[Any], loss: LossFunction, lr_factor: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""

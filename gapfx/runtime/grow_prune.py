@@ -41,8 +41,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class PrunedWeight:
-    """One prune of one weight: kept weights, mask bits that differ from the mask before it grew, and the relative
-    error |w - w*m|^2 / |w|^2 of the prune (the delta^2 of the paper's theorem).
+    """One prune of one weight.
+
+    `changed_bits` counts mask bits that differ from the mask before it grew; `delta2` is the relative error
+    |w - w*m|^2 / |w|^2 of the prune (the delta^2 of the paper's theorem).
     """
 
     numel: int

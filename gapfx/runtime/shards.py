@@ -40,6 +40,7 @@ def fragment(parameter: Any, key: str | None) -> tuple[int, Tensor | None]:
     return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
 
+@torch.no_grad()
 def gather(parameter: Tensor, key: str | None, group: Any) -> Tensor:
     """The whole fp32 weight or optimizer state of one parameter, on the CPU of every rank (collective)."""
     whole = torch.zeros(parameter.numel(), device=parameter.device)
@@ -51,6 +52,7 @@ def gather(parameter: Tensor, key: str | None, group: Any) -> Tensor:
     return whole.view(parameter.shape).cpu()
 
 
+@torch.no_grad()
 def scatter(parameter: Tensor, key: str | None, whole: Tensor) -> None:
     """Write this rank's part of a whole fp32 weight or optimizer state."""
     start, part = fragment(parameter, key)
