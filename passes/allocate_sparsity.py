@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, cast
 from gapfx.allocation import erk, one_threshold
 from gapfx.compiler import Analysis, Unit, register
 from gapfx.errors import UserError
-from gapfx.globs import matches, select
+from gapfx.globs import select
 from gapfx.passes.find_weights import FindWeights, FoundWeight
 from gapfx.passes.partition import Partition
 from gapfx.pattern import parse_pattern
@@ -39,37 +39,28 @@ class AllocateSparsity(Analysis[Plan]):
         """Check the ranges."""
         super().__post_init__()
         parse_pattern(self.pattern)
-        for text in (str(self.sparsity), *(entry.rpartition("=")[2] for entry in self.by_weight)):
-            _parse_sparsity(text)
+        _parse_sparsity(str(self.sparsity))
+        for entry in self.by_weight:
+            _split_override(entry)
 
     def compute(self, unit: Unit) -> Plan:
         """Raises UserError when the pattern fits no weight or an override matches none."""
-        pattern = parse_pattern(self.pattern)
-        refused: dict[str, str] = {}
-        fitting: dict[str, FoundWeight] = {}
-        found = unit.latest(FindWeights)
-        for weight in found.prunable:
-            reason = pattern.refusal(weight.shape)
-            if reason:
-                refused[weight.fqn] = f"pattern {self.pattern}: {reason}"
-            else:
-                fitting[weight.fqn] = weight
-        if not fitting:
-            first = next(iter(refused.items()), ("", "the model has no prunable weight"))
-            raise UserError(f"the pattern {self.pattern} fits no weight", where=": ".join(first), fix="another pattern")
-        sparsity = self._sparsities(unit, fitting, pattern.fixed_sparsity)
-        kept_dense = [item for item in found.dense if len(item.shape) > 1]
-        kept_dense += [
-            DenseWeight(item.fqn, item.shape, refused[item.fqn]) for item in found.prunable if item.fqn in refused
+        found, pattern = unit.latest(FindWeights), parse_pattern(self.pattern)
+        refusals = {weight.fqn: pattern.refusal(weight.shape) for weight in found.prunable}
+        fitting = {weight.fqn: weight for weight in found.prunable if refusals[weight.fqn] is None}
+        refused = [
+            DenseWeight(weight.fqn, weight.shape, f"pattern {self.pattern}: {refusals[weight.fqn]}")
+            for weight in found.prunable
+            if weight.fqn not in fitting
         ]
-        groups = self._groups(unit, fitting, sparsity)
-        total = sum(weight.numel for weight in fitting.values())
+        if not fitting:
+            where = f"{refused[0].fqn}: {refused[0].reason}" if refused else "the model has no prunable weight"
+            raise UserError(f"the pattern {self.pattern} fits no weight", where=where, fix="take another pattern")
+        sparsity = self._sparsities(unit, fitting, pattern.fixed_sparsity)
         return Plan(
-            groups=groups,
-            dense=tuple(kept_dense),
-            sparsity=sum(sparsity[fqn] * weight.numel for fqn, weight in fitting.items()) / total
-            if self.by_weight or pattern.fixed_sparsity is not None
-            else self.sparsity,
+            groups=self._groups(unit, fitting, sparsity),
+            dense=(*(item for item in found.dense if len(item.shape) > 1), *refused),
+            sparsity=_mean(sparsity, fitting) if self.by_weight or pattern.fixed_sparsity else self.sparsity,
             partition=cast(Partition, unit.chosen(Partition)).strategy,
             allocation=self.allocation,
         )
@@ -102,10 +93,22 @@ class AllocateSparsity(Analysis[Plan]):
     def _overrides(self, weights: Mapping[str, FoundWeight]) -> dict[str, float]:
         found: dict[str, float] = {}
         for entry in self.by_weight:
-            glob, _, value = entry.rpartition("=")
-            select(glob, weights, option="by_weight of allocate-sparsity")
-            found |= {fqn: _parse_sparsity(value) for fqn in weights if matches(glob, fqn)}
+            glob, value = _split_override(entry)
+            found |= dict.fromkeys(select(glob, weights, option="by_weight of allocate-sparsity"), value)
         return found
+
+
+def _mean(sparsity: Mapping[str, float], weights: Mapping[str, FoundWeight]) -> float:
+    """Share of zeros over all weights together."""
+    zeros = sum(sparsity[fqn] * weight.numel for fqn, weight in weights.items())
+    return zeros / sum(weight.numel for weight in weights.values())
+
+
+def _split_override(entry: str) -> tuple[str, float]:
+    glob, _, value = entry.rpartition("=")
+    if not glob:
+        raise UserError(f"the override {entry!r} names no weights", fix="write it as GLOB=SPARSITY, such as fc*=0.5")
+    return glob, _parse_sparsity(value)
 
 
 def _parse_sparsity(text: str) -> float:

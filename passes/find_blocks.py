@@ -13,7 +13,7 @@ from torch import nn
 
 from gapfx.capture import Capture
 from gapfx.compiler import Analysis, Unit, register
-from gapfx.layers import in_series, layer_graph, layer_of
+from gapfx.layers import execution_order, in_series, layer_graph, layer_of
 from gapfx.passes.find_weights import FindWeights
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -37,9 +37,9 @@ class Block:
 class FindBlocks(Analysis[tuple[Block, ...]]):
     """Blocks in execution order, which together hold every prunable weight once.
 
-    A block is one of two or more siblings of one class in a container, with two or more prunable weights each, such
-    as a Transformer layer or a bottleneck. Siblings that run one after the other and mostly consist of such blocks
-    are stages, and their blocks count instead. Without any container of blocks, equal children of the root count.
+    A block is one of two or more siblings of one class in a container, with two or more weights each, such as a
+    Transformer layer or a bottleneck. Siblings that run one after the other and mostly consist of such blocks are
+    stages, and their blocks count instead. Without any container of blocks, equal children of the root count.
     """
 
     name: ClassVar[str] = "find-blocks"
@@ -47,7 +47,9 @@ class FindBlocks(Analysis[tuple[Block, ...]]):
     def compute(self, unit: Unit) -> tuple[Block, ...]:
         """Blocks by the first use of their first weight."""
         found = unit.latest(FindWeights).prunable
-        tree = _Tree(unit.capture, {weight.fqn: index for index, weight in enumerate(found)})
+        # What repeats is a matter of structure: weights that stay dense count here, and are left out below.
+        parameters = unit.capture.parameters
+        tree = _Tree(unit.capture, [fqn for fqn in execution_order(unit.capture) if parameters[fqn].role == "gemm"])
         names = list(tree.blocks("")) or list(tree.siblings(tree.children("")))
         inside = {fqn: name for name in names for fqn in tree.weights(name)}
         blocks: dict[str, list[str]] = {}
@@ -61,14 +63,14 @@ class FindBlocks(Analysis[tuple[Block, ...]]):
 
 @dataclass(frozen=True)
 class _Tree:
-    """The module tree of a capture, cut down to the modules that hold prunable weights; `order` numbers those."""
+    """The module tree of a capture, cut down to the modules that hold weights of matrix products and convolutions."""
 
     capture: Capture
-    order: dict[str, int]
+    fqns: list[str]
     _below: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def __post_init__(self) -> None:
-        for fqn in self.order:
+        for fqn in self.fqns:
             parts = fqn.split(".")
             for depth in range(len(parts)):
                 self._below.setdefault(".".join(parts[:depth]), []).append(fqn)
@@ -78,15 +80,15 @@ class _Tree:
         return layer_graph(self.capture)
 
     def weights(self, name: str) -> list[str]:
-        """Prunable weights of a module and its children."""
+        """Weights of a module and its children."""
         return self._below.get(name, [])
 
     def numel(self, names: list[str]) -> int:
-        """Prunable elements of several modules."""
+        """Elements of the weights of several modules."""
         return sum(math.prod(self.capture.parameters[fqn].shape) for name in names for fqn in self.weights(name))
 
     def children(self, name: str) -> list[str]:
-        """Children that hold prunable weights."""
+        """Children that hold weights."""
         names = (f"{name}.{child}" if name else child for child, _ in self._module(name).named_children())
         return [child for child in names if child in self._below]
 
