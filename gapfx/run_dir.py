@@ -53,8 +53,8 @@ class RunDir:
         """Facts of the finished run."""
         return self.path / "summary.json"
 
-    def create(self, settings: Settings, *, force: bool) -> None:
-        """Make the directory for a new run. Raises UserError when it holds a run, unless `force` deletes that."""
+    def check_new(self, *, force: bool) -> None:
+        """Raise UserError unless a new run may be written here: never over a run without `force`."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             if not self.config.is_file():
                 raise UserError(
@@ -66,9 +66,18 @@ class RunDir:
                     f"{self.path} already holds a run",
                     fix="continue it with --resume, replace it with --force, or give another --out",
                 )
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, settings.to_json())
+
+    def create(self, settings: Settings, plan: Plan, *, force: bool) -> None:
+        """Make the directory of a new run, with `force` in the place of an older one. Raises UserError."""
+        self.check_new(force=force)
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+            write_atomically(self.config, settings.to_json())
+            write_atomically(self.plan, plan.to_json())
+        except OSError as error:
+            raise UserError(f"the run directory cannot be made: {error}", fix="give another --out") from error
 
     def settings(self) -> Settings:
         """The settings that the run was started with. Raises UserError when there is no run here."""

@@ -37,7 +37,7 @@ class Schedule:
 
 
 ScheduleMaker = Callable[[Budget, int], Schedule]
-SCHEDULES: Registry[ScheduleMaker] = Registry("schedule")
+SCHEDULES: Registry[ScheduleMaker] = Registry("method")
 
 
 @SCHEDULES.register("gap")

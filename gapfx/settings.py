@@ -66,7 +66,7 @@ class Settings:
         micro = self.micro_batch or self.batch_size // world_size
         if not micro or self.batch_size % (micro * world_size):
             raise UserError(
-                f"a batch of {self.batch_size} does not divide into micro-batches of {micro or 1} for {world_size} ranks",
+                f"a batch of {self.batch_size} is no multiple of micro-batches of {micro or 1} on {world_size} ranks",
                 fix="--batch-size is the global batch: a multiple of --micro-batch times the number of ranks",
             )
         return micro, self.batch_size // (micro * world_size)

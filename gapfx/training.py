@@ -24,7 +24,7 @@ from gapfx.plan import Plan
 from gapfx.progress import SilentProgress, open_progress
 from gapfx.recording import Recording
 from gapfx.results import write_results
-from gapfx.run_dir import RunDir, write_atomically
+from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import load_checkpoint
 from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
 from gapfx.runtime.feed import DeviceLoader, Feed, whole_loader
@@ -59,14 +59,15 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
     task.need("data", "loss")
     join_process_group()
     run = RunDir(request.out)
-    _on_rank_0(lambda: _open_run(run, settings, request))
+    _on_rank_0(lambda: _check_run(run, settings, request))
     plan = run.saved_plan() if request.resume else None
     if plan is None and request.plan is not None:
         plan = Plan.load(request.plan)
     feed = make_feed(task, settings, _rank(), torch.distributed.get_world_size())
     compiled = compile_task(task, settings, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
-    _on_rank_0(lambda: write_atomically(run.plan, plan.to_json()))
+    # Made only now, so that a mistake that shows up to here leaves nothing behind.
+    _on_rank_0(lambda: None if request.resume else run.create(settings, plan, force=request.force))
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     return _train(task, settings, request, run, job)
 
@@ -238,11 +239,11 @@ def _mean_loss(task: Task, module: nn.Module, loader: DeviceLoader) -> float:
     return total / count
 
 
-def _open_run(run: RunDir, settings: Settings, request: Request) -> None:
+def _check_run(run: RunDir, settings: Settings, request: Request) -> None:
     if request.resume:
         run.check_resume(settings)
     else:
-        run.create(settings, force=request.force)
+        run.check_new(force=request.force)
 
 
 def _on_rank_0(action: Callable[[], object]) -> None:

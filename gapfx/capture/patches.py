@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import apis
+from torch._functorch import apis, eager_transforms
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast  # pyright: ignore[reportPrivateUsage]
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -22,7 +23,7 @@ from gapfx.capture.memory import version
 from gapfx.capture.recorder import Recorder, input_names
 
 # What torch.vmap and torch.func.grad call in their home module.
-TRANSFORMS = ("vmap_impl", "grad_impl", "grad_and_value_impl")
+TRANSFORMS = ((apis, "vmap_impl"), (eager_transforms, "grad_impl"), (eager_transforms, "grad_and_value_impl"))
 
 
 class Watch:
@@ -106,6 +107,21 @@ class Watch:
             return original(*args, **kwargs)
         return self._opaque(original, args, kwargs)
 
+    def enter_autocast(self, original: Callable[..., Any], autocast: Any) -> Any:
+        """Begin mixed precision, as a node; inside a leaf it is part of the leaf."""
+        out = original(autocast)
+        if threading.get_ident() == self._thread and self._is_recording and not self.recorder.is_suspended:
+            args = (autocast.device, autocast.fast_dtype, autocast._enabled, autocast._cache_enabled)
+            self._autocasts[id(autocast)] = self.recorder.add_function(_enter_autocast, args, {}, None, set())
+        return out
+
+    def exit_autocast(self, original: Callable[..., Any], autocast: Any, error: Any) -> Any:
+        """End mixed precision."""
+        entered = self._autocasts.pop(id(autocast), None)
+        if entered is not None:
+            self.recorder.add_function(_exit_autocast, (entered,), {}, None, set())
+        return original(autocast, *error)
+
     def _opaque(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         recorder.opaque_reads = set()
@@ -123,6 +139,7 @@ class Watch:
 def watching(watch: Watch) -> Generator[None]:
     """Route every module call and Function of this process through `watch`."""
     call, apply = nn.Module.__dict__["__call__"], Function.__dict__["apply"]
+    enter, leave = autocast.__enter__, autocast.__exit__
 
     def watched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return watch.call(call, self, args, kwargs)
@@ -133,10 +150,12 @@ def watching(watch: Watch) -> Generator[None]:
     with ExitStack() as undo:
         _patch(undo, nn.Module, "__call__", watched_call)
         _patch(undo, Function, "apply", classmethod(watched_apply))
-        for name in TRANSFORMS:
-            original = getattr(apis, name, None)
+        _patch(undo, autocast, "__enter__", lambda self: watch.enter_autocast(enter, self))
+        _patch(undo, autocast, "__exit__", lambda self, *error: watch.exit_autocast(leave, self, error))
+        for home, name in TRANSFORMS:
+            original = getattr(home, name, None)
             if original is not None:
-                _patch(undo, apis, name, _watched_transform(watch, original))
+                _patch(undo, home, name, _watched_transform(watch, original))
         yield
 
 

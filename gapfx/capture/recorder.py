@@ -22,10 +22,12 @@ DATA_DEPENDENT = frozenset(
     {"item", "tolist", "numpy", "nonzero", "unique", "masked_select"}
     | {"__bool__", "__int__", "__float__", "__index__", "__contains__"}
 )
-SIDE_EFFECTS = frozenset({"_set_grad_enabled", "set_grad_enabled", "_enter_autocast", "_exit_autocast"})
+SIDE_EFFECTS = frozenset({"_set_grad_enabled", "set_grad_enabled"})
 # `.grad` and `._base` are not part of the forward's values.
 IGNORED_READS = frozenset({"grad", "_base"})
 RECORDED_WRITES = frozenset({"requires_grad", "data"})
+
+DUNDER = re.compile(r"__(?P<side>[ri]?)(?P<op>add|sub|mul|matmul|div|truediv|floordiv|mod|pow|and|or|xor)__")
 
 Scope = tuple[str, int]
 
@@ -103,9 +105,9 @@ class Recorder(TorchFunctionMode):
 
     def add_function(self, function: Any, args: Any, kwargs: Any, out: Any, written: set[int]) -> fx.Node:
         """A node for a function call; what generated code cannot import is called through a box."""
-        values = self.values
+        values, fn = self.values, function_name(function)
+        function, args = as_operator(function, args)
         node_args, node_kwargs = tuple(values.argument(arg) for arg in args), values.argument(kwargs)
-        fn = function_name(function)
         if not is_importable(function):
             node_args, function = (values.box(function), *node_args), call_boxed
         node = self.graph.create_node("call_function", function, node_args, node_kwargs, name=_op_name(fn, args))
@@ -192,8 +194,19 @@ def function_name(function: Any) -> str:
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return owner.__name__
     name = str(getattr(function, "__name__", function))
-    dunder = re.fullmatch(r"__[ri]?(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor)__|__(\w+)__", name)
-    return (dunder[1] or dunder[2]) if dunder else name
+    dunder = DUNDER.fullmatch(name)
+    if dunder:
+        return dunder["op"]
+    return name.strip("_") if name.startswith("__") and name.endswith("__") else name
+
+
+def as_operator(function: Any, args: Any) -> tuple[Any, Any]:
+    """`Tensor.__rsub__(x, 1)` as `operator.sub(1, x)`, which generated code can import; other functions as they are."""
+    dunder = DUNDER.fullmatch(str(getattr(function, "__name__", "")))
+    if dunder is None or dunder["side"] == "i" or is_importable(function):
+        return function, args
+    op = {"div": "truediv", "and": "and_", "or": "or_"}.get(dunder["op"], dunder["op"])
+    return getattr(operator, op), args[::-1] if dunder["side"] == "r" else args
 
 
 def _op_name(fn: str, args: Any) -> str:

@@ -168,7 +168,7 @@ class Values:
             return value.item()
         if kind not in (bool, int, float) and isinstance(value, (int, float)):
             return self.box(value) if hasattr(value, "name") else kind.__mro__[-2](value)
-        if value is None or isinstance(value, (*base_types, type, types.BuiltinFunctionType)):
+        if value is None or isinstance(value, (fx.Node, *base_types, type, types.BuiltinFunctionType)):
             return value
         return self.box(value)
 

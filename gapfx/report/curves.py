@@ -176,12 +176,12 @@ def _changed_by_group(run: Run) -> dict[str, Points]:
     plan_groups = {weight.fqn: group.name for group in run.plan.groups for weight in group.weights} if run.plan else {}
     series: dict[str, Points] = {}
     for prune in run.prunes:
-        for name, share in changed_shares(prune, plan_groups).items():
+        for name, share in _changed_shares(prune, plan_groups).items():
             series[name] = (*series.get(name, ()), (prune.step, share))
     return {name: series[name] for name in sorted(series, key=lambda n: _order(n, run.group_names))}
 
 
-def changed_shares(prune: Prune, group_of: dict[str, str]) -> dict[str, float]:
+def _changed_shares(prune: Prune, group_of: dict[str, str]) -> dict[str, float]:
     """Group -> changed mask bits over all its mask bits, at one prune."""
     totals: dict[str, tuple[int, int]] = {}
     for weight in prune.weights:

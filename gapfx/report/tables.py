@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from gapfx.quantities import format_bytes, format_integer, format_number, format_seconds, format_share
-from gapfx.report.curves import changed_shares, legend_mark
+from gapfx.report.curves import legend_mark
 from gapfx.report.facts import WeightState, file_sizes, seconds_so_far
 from gapfx.report.markup import Markup, join, tag
 from gapfx.report.read_run import Prune, Run, number, record
@@ -32,7 +32,6 @@ def prunes_table(run: Run) -> Markup | None:
     """One row a prune and group: bits changed, energy lost, explored share."""
     if not run.prunes:
         return None
-    group_of = {weight.fqn: group.name for group in run.plan.groups for weight in group.weights} if run.plan else {}
     head = _head(
         ("After step", "num"),
         ("Groups", ""),
@@ -41,7 +40,7 @@ def prunes_table(run: Run) -> Markup | None:
         ("\u03b4\u00b2, mean", "num"),
         ("Explored", "num"),
     )
-    return _table(head, tag("tbody", *(_prune_row(prune, group_of) for prune in run.prunes)))
+    return _table(head, tag("tbody", *(_prune_row(prune) for prune in run.prunes)))
 
 
 def dense_table(run: Run) -> Markup | None:
@@ -138,13 +137,14 @@ def _counts(numel: int, kept: int | None) -> tuple[Markup, ...]:
     )
 
 
-def _prune_row(prune: Prune, group_of: Mapping[str, str]) -> Markup:
+def _prune_row(prune: Prune) -> Markup:
     numel, kept = sum(weight.numel for weight in prune.weights), sum(weight.kept for weight in prune.weights)
-    changed = list(changed_shares(prune, dict.fromkeys(group_of, "")).values())
+    compared = [(weight.changed_bits, weight.numel) for weight in prune.weights if weight.changed_bits is not None]
+    changed, total = (sum(column) for column in zip(*compared, strict=True)) if compared else (0, 0)
     lost = [weight.delta2 for weight in prune.weights if weight.delta2 is not None]
     cells = (
         format_share(kept / numel if numel else None),
-        format_share(changed[0] if changed else None),
+        format_share(changed / total if total else None),
         format_number(sum(lost) / len(lost) if lost else None, 3),
         format_share(prune.explored),
     )
