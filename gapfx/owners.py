@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -21,6 +21,8 @@ Form = Literal["forward", "read"]
 TRACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 # Parents that read the weights of their children: in every forward, or in the fast path of evaluation.
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
+# What every module has and no forward depends on.
+BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def build_owners(capture: Capture) -> dict[str, Owner]:
             names.setdefault(path, []).append(name)
             if weight in foreign:
                 outside[path] = f"{name} is read from outside, by {foreign[weight]}"
-    return {path: _build(capture.model, path, tuple(own), outside.get(path, "")) for path, own in names.items()}
+    traces: dict[tuple[Any, ...], fx.Graph] = {}
+    model = capture.model
+    return {path: _build(model, path, tuple(own), outside.get(path, ""), traces) for path, own in names.items()}
 
 
 def _foreign_users(capture: Capture) -> dict[str, str]:
@@ -90,17 +94,31 @@ def _foreign_users(capture: Capture) -> dict[str, str]:
     return found
 
 
-def _build(model: nn.Module, path: str, names: tuple[str, ...], outside: str) -> Owner:
+def _build(
+    model: nn.Module, path: str, names: tuple[str, ...], outside: str, traces: dict[tuple[Any, ...], fx.Graph]
+) -> Owner:
     module = model.get_submodule(path)
     reason = outside or _read_by_parent(model, path) or _not_traceable(module)
     if not reason:
-        traced = fx.GraphModule(module, fx.Tracer().trace(module), type(module).__name__)
+        traced = fx.GraphModule(module, _trace(module, traces), type(module).__name__)
         owner = _with_shapes(Owner(path, module, names, traced, "forward"))
         unread = [name for name in names if owner.read(name) is None]
         if not unread:
             return owner
         reason = f"the forward of {type(module).__name__} does not read {unread[0]} itself"
     return _with_shapes(Owner(path, module, names, _reads(module, names), "read", reason))
+
+
+def _trace(module: nn.Module, traces: dict[tuple[Any, ...], fx.Graph]) -> fx.Graph:
+    """The graph of the module's forward; layers of one class with equal settings are traced once."""
+    settings = sorted((name, repr(value)) for name, value in vars(module).items() if name not in BOOKKEEPING)
+    absent = [name for name, parameter in vars(module)["_parameters"].items() if parameter is None]
+    key = (type(module), *settings, *absent)
+    if key not in traces:
+        traces[key] = fx.Tracer().trace(module)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traces[key], {}))
+    return graph
 
 
 def _with_shapes(owner: Owner) -> Owner:

@@ -71,7 +71,8 @@ class FindWeights(Analysis[FoundWeights]):
         for fqn, reason in self._chosen_dense(capture, [fqn for fqn in order if not reasons[fqn]]):
             reasons[fqn] = reasons[fqn] or reason
         dense = [DenseWeight(fqn, capture.parameters[fqn].shape, why) for fqn, why in reasons.items() if why]
-        prunable = [_found(capture, fqn) for fqn in order if not reasons[fqn]]
+        fns = {(use.fqn, use.role): use.fn for use in reversed(capture.uses)}
+        prunable = [_found(capture.parameters[fqn], fns) for fqn in order if not reasons[fqn]]
         return FoundWeights(tuple(prunable), tuple(dense))
 
     def _chosen_dense(self, capture: Capture, prunable: list[str]) -> Iterator[tuple[str, str]]:
@@ -91,11 +92,9 @@ class FindWeights(Analysis[FoundWeights]):
                 yield fqn, f"{numel} elements: option min_numel={self.min_numel}"
 
 
-def _found(capture: Capture, fqn: str) -> FoundWeight:
-    parameter = capture.parameters[fqn]
+def _found(parameter: Parameter, fns: Mapping[tuple[str, str], str]) -> FoundWeight:
     role = "gemm" if parameter.role == "gemm" else "embedding"
-    fn = next(use.fn for use in capture.uses if use.fqn == fqn and use.role == role)
-    return FoundWeight(fqn, parameter.shape, role, fn, parameter.aliases)
+    return FoundWeight(parameter.fqn, parameter.shape, role, fns[parameter.fqn, role], parameter.aliases)
 
 
 def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,46 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gapfx.compiler import Pipeline, Unit, parse_pipeline, realise
+from gapfx.compiler import Pipeline, Unit, realise
 from gapfx.errors import PlanError
 from gapfx.masks import bits_of, pack, stored_parameter, write_bits
-from gapfx.passes import AllocateSparsity, FindWeights, InsertMasks, Partition, default_pipeline
+from gapfx.passes import AllocateSparsity, InsertMasks
 from gapfx.plan import Group, Plan, Weight
+from tests.masking import EVERYTHING, assert_same, masked, planned, run
 from tests.models import CASES, LanguageModel, captured, mlp, tokens
-
-EVERYTHING = default_pipeline(FindWeights(embeddings=True), Partition(groups=1))
-
-
-def masked(name: str) -> tuple[Unit, nn.Module, tuple[Any, ...]]:
-    """A case whose every weight is masked with ones, and an untouched copy of the model."""
-    make, inputs = CASES[name][0], CASES[name][1]()
-    model = make()
-    plain = copy.deepcopy(model)
-    unit = EVERYTHING.run(Unit(captured(model, *inputs)))
-    assert realise(unit) is model
-    return unit, plain, inputs
-
-
-def planned(unit: Unit) -> list[Weight]:
-    return list(unit.latest(AllocateSparsity).weights())
-
-
-def run(model: nn.Module, inputs: tuple[Any, ...], seed: int = 1) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Output and gradients."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    output = model(*inputs)
-    output.square().sum().backward()
-    return output.detach(), {fqn: parameter.grad for fqn, parameter in model.named_parameters()}
-
-
-def assert_same(first: Mapping[str, Tensor | None], second: Mapping[str, Tensor | None]) -> None:
-    assert list(first) == list(second)
-    for fqn, value in first.items():
-        other = second[fqn]
-        assert (value is None) == (other is None), fqn
-        if value is not None and other is not None:
-            assert torch.equal(value, other), fqn
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -282,38 +248,28 @@ def test_a_plan_of_another_model_is_refused() -> None:
         Pipeline((InsertMasks(),)).run(unit)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_folding_leaves_the_zeros_in_the_parameters_and_the_classes_as_they_were(name: str) -> None:
+@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm", "tied", "experts"])
+def test_masks_run_where_the_parameters_are_gathered(name: str) -> None:
+    """Every parameter exists only while its own module runs, as under ZeRO-3."""
     unit, plain, inputs = masked(name)
-    model = unit.capture.model
-    for weight in planned(unit):
-        mask = torch.rand(weight.shape) < 0.5
-        for fqn in (weight.fqn, *weight.aliases):
-            write_bits(model, fqn, pack(mask))
-        stored_parameter(plain, weight.fqn).data.masked_fill_(~mask, 0)
-    expected, nodes = run(model, inputs)[0], unit.num_nodes()
-    parse_pipeline("fold-masks").run(unit)
-    realise(unit)
-    places = sum(1 + len(weight.aliases) for weight in planned(unit))
-    assert nodes - unit.num_nodes() == 2 * places
-    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
-    assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
-    assert torch.equal(run(model, inputs)[0], expected)
-    assert_same(dict(model.named_parameters()), dict(plain.named_parameters()))
+    expected = plain.eval()(*inputs)
+    values = {parameter: parameter.data for parameter in unit.capture.model.parameters()}
+    for module in unit.capture.model.eval().modules():
+        _take_parameters_away(module, values)
+    assert torch.equal(unit.capture.model(*inputs), expected)
 
 
-def test_folding_without_masks_changes_nothing() -> None:
-    unit = Unit(captured(mlp(), torch.randn(2, 6)))
-    text = unit.text()
-    parse_pipeline("fold-masks,fold-masks").run(unit)
-    assert unit.text() == text
+def _take_parameters_away(module: nn.Module, values: dict[nn.Parameter, Tensor]) -> None:
+    own = list(module.parameters(recurse=False))
 
+    def gather(*_: Any) -> None:
+        for parameter in own:
+            parameter.data = values[parameter]
 
-def test_masks_can_be_inserted_again_after_folding() -> None:
-    unit, _, inputs = masked("lstm")
-    expected = run(unit.capture.model, inputs)[0]
-    parse_pipeline("fold-masks").run(unit)
-    realise(unit)
-    Pipeline((InsertMasks(),)).run(unit)
-    realise(unit)
-    assert torch.equal(run(unit.capture.model, inputs)[0], expected)
+    def release(*_: Any) -> None:
+        for parameter in own:
+            parameter.data = torch.empty(0)
+
+    release()
+    module.register_forward_pre_hook(gather)
+    module.register_forward_hook(release)
