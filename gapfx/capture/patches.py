@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._functorch import apis, eager_transforms
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast  # pyright: ignore[reportPrivateUsage]
 from torch.autograd import Function
@@ -39,6 +39,7 @@ class Watch:
         self._versions = {fqn: version(parameter) for fqn, parameter in model.named_parameters()}
         self._thread = threading.get_ident()
         self._is_recording = False
+        self._autocasts: dict[int, fx.Node] = {}
 
     @property
     def is_done(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodDescriptorType
 from typing import Any, cast
 
 import torch
@@ -106,7 +107,7 @@ class Recorder(TorchFunctionMode):
     def add_function(self, function: Any, args: Any, kwargs: Any, out: Any, written: set[int]) -> fx.Node:
         """A node for a function call; what generated code cannot import is called through a box."""
         values, fn = self.values, function_name(function)
-        function, args = as_operator(function, args)
+        function, args = as_importable(function, args)
         node_args, node_kwargs = tuple(values.argument(arg) for arg in args), values.argument(kwargs)
         if not is_importable(function):
             node_args, function = (values.box(function), *node_args), call_boxed
@@ -200,13 +201,17 @@ def function_name(function: Any) -> str:
     return name.strip("_") if name.startswith("__") and name.endswith("__") else name
 
 
-def as_operator(function: Any, args: Any) -> tuple[Any, Any]:
-    """`Tensor.__rsub__(x, 1)` as `operator.sub(1, x)`, which generated code can import; other functions as they are."""
-    dunder = DUNDER.fullmatch(str(getattr(function, "__name__", "")))
-    if dunder is None or dunder["side"] == "i" or is_importable(function):
+def as_importable(function: Any, args: Any) -> tuple[Any, Any]:
+    """The same call of something that generated code can import: `Tensor.__rsub__(x, 1)` as `operator.sub(1, x)`."""
+    wrapped, dunder = getattr(function, "__wrapped__", None), DUNDER.fullmatch(str(getattr(function, "__name__", "")))
+    if is_importable(function):
         return function, args
-    op = {"div": "truediv", "and": "and_", "or": "or_"}.get(dunder["op"], dunder["op"])
-    return getattr(operator, op), args[::-1] if dunder["side"] == "r" else args
+    if isinstance(wrapped, MethodDescriptorType):
+        return wrapped, args
+    if dunder and dunder["side"] != "i":
+        op = {"div": "truediv", "and": "and_", "or": "or_"}.get(dunder["op"], dunder["op"])
+        return getattr(operator, op), args[::-1] if dunder["side"] == "r" else args
+    return function, args
 
 
 def _op_name(fn: str, args: Any) -> str:

@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 from gapfx.capture.leaves import is_script
 from gapfx.capture.patches import Watch
 from gapfx.capture.values import tensors_in
-from gapfx.errors import CaptureError
+from gapfx.errors import CaptureError, GapfxError
+
+RECORDING = {"add_inputs", "add_output", "add_function", "add_leaf", "enter_autocast", "exit_autocast"}
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -47,9 +49,13 @@ def refuse_output(model: nn.Module, output: object) -> None:
         )
 
 
-def failed_forward(model: nn.Module, watch: Watch, error: Exception) -> CaptureError:
-    """The error that names the module and the line where the run stopped."""
+def failed_forward(model: nn.Module, watch: Watch, error: Exception) -> GapfxError:
+    """The error that names the module and the line where the run stopped; the recorder's own failures are not the user's."""
     what = f"{type(error).__name__}: {error}"
+    if RECORDING & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
+        return GapfxError(
+            f"the recorder failed in {watch.recorder.failed_in or 'the root'}{_line(error, ', ')}: {what}"
+        )
     if watch.is_done:
         return CaptureError(f"the loss fails after the forward: {what}", where=_line(error))
     if not watch.num_root_calls:
