@@ -28,7 +28,7 @@ def loss_chart(run: Run) -> Markup | None:
         f"last {format_number(points[-1][1])}, lowest {format_number(min(value for _, value in points))}",
         "faint: every logged step; strong: its moving average" if average else "",
         f"{num_above} of {len(points)} values are above the chart" if num_above else "",
-        f"{num_bad} values were not finite" if num_bad else "",
+        f"{num_bad} value{'s were' if num_bad > 1 else ' was'} not finite" if num_bad else "",
     ]
     frame = _frame(
         run, "Training loss", "; ".join(word for word in words if word), scale, 240, _tips(run, points, "loss")

@@ -1,0 +1,353 @@
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapfx.errors import UserError
+from gapfx.plan import DenseWeight, Group, Phase, Plan, Weight
+from gapfx.report import format_summary, write_report
+from gapfx.report.read_run import read_run
+from gapfx.schedule import Budget, phase_at, with_schedule
+
+START = 1_790_000_000.0
+LOG_EVERY, EVAL_EVERY = 5, 50
+
+
+def make_plan(method: str = "gap", num_groups: int = 4, per_group: int = 2, budget: Budget | None = None) -> Plan:
+    """Attention-like blocks with a target sparsity that varies a little."""
+    kinds = (("attn.qkv", (96, 32)), ("attn.out", (32, 32)), ("mlp.up", (128, 32)), ("mlp.down", (32, 128)))
+
+    def weight(index: int) -> Weight:
+        kind, shape = kinds[index % len(kinds)]
+        name = f"blocks.{index // len(kinds)}.{kind}.weight"
+        return Weight(name, shape, sparsity=round(0.9 + 0.03 * math.sin(1.7 * index), 4) if method != "dense" else 0.0)
+
+    groups = tuple(
+        Group(f"group {index + 1}", tuple(weight(index * per_group + i) for i in range(per_group)))
+        for index in range(num_groups)
+    )
+    dense = (DenseWeight("embed.weight", (1000, 32), "read by an embedding"),)
+    plan = Plan(groups, dense, method=method, sparsity=0.0 if method == "dense" else 0.9, partition="blocks")
+    return with_schedule(plan, method, budget or Budget(rounds=2, phase_steps=50, finetune_steps=100))
+
+
+def kept_of(weight: Weight) -> int:
+    return round(weight.numel * (1 - weight.sparsity))
+
+
+def events_of(plan: Plan, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """What a run of the plan logs, with losses that fall, jump at every phase and fall again."""
+    rng = random.Random(seed)
+    header = {"method": plan.method, "num_steps": plan.num_steps, "phases": len(plan.phases), "world_size": 2}
+    yield {"event": "start", "step": 0, "time": START, **header}
+    explored = 0.1
+    for index, phase in enumerate(plan.phases):
+        yield {"event": "phase", "step": phase.start, "phase": index, **phase_facts(plan, phase)}
+        for step in range(phase.start + LOG_EVERY, phase.stop + 1, LOG_EVERY):
+            yield step_event(plan, index, phase, step, rng)
+            if step % EVAL_EVERY == 0:
+                yield eval_event(plan, index, step, rng)
+        if phase.prune:
+            explored += 0.5 * (1 - explored) * len(phase.prune) / len(plan.groups)
+            yield prune_event(plan, index, phase, explored, rng)
+        yield {"event": "checkpoint", "step": phase.stop, "path": f"checkpoints/{phase.stop}"}
+
+
+def phase_facts(plan: Plan, phase: Phase) -> dict[str, Any]:
+    grow, prune = ([plan.groups[i].name for i in indices] for indices in (phase.grow, phase.prune))
+    return {"name": phase.name, "round": phase.round, "grow": grow, "prune": prune, "stop": phase.stop}
+
+
+def step_event(plan: Plan, index: int, phase: Phase, step: int, rng: random.Random) -> dict[str, Any]:
+    age, share = (step - phase.start) / phase.num_steps, step / plan.num_steps
+    loss = (0.4 + 2.6 * math.exp(-5 * share) + 0.25 * math.exp(-12 * age)) * math.exp(rng.gauss(0, 0.06))
+    lr = 1e-3 * min(1.0, 10 * age) * (0.5 + 0.5 * math.cos(math.pi * age))
+    seconds = round(step * 0.42, 2)
+    facts = {"loss": loss, "lr": lr, "grad_norm": 1.0, "seconds": seconds}
+    return {"event": "step", "step": step, "phase": index, **facts}
+
+
+def eval_event(plan: Plan, index: int, step: int, rng: random.Random) -> dict[str, Any]:
+    share = step / plan.num_steps
+    accuracy = min(0.93, 0.93 - 0.55 * math.exp(-5 * share) + rng.gauss(0, 0.006))
+    metrics = {"loss": 0.45 + 1.8 * math.exp(-5 * share), "accuracy": accuracy}
+    grown = {plan.groups[i].name for i in plan.phases[index].grow}
+    live = sum(w.numel if g.name in grown else kept_of(w) for g in plan.groups for w in g.weights)
+    sparsity = 1 - live / sum(group.numel for group in plan.groups)
+    return {"event": "eval", "step": step, "phase": index, "metrics": metrics, "sparsity": sparsity}
+
+
+def prune_event(plan: Plan, index: int, phase: Phase, explored: float, rng: random.Random) -> dict[str, Any]:
+    def facts(weight: Weight) -> dict[str, Any]:
+        changed = round(weight.numel * 2 * (1 - weight.sparsity) * rng.uniform(0.5, 0.8) / (1 + phase.round))
+        counts = {"numel": weight.numel, "kept": kept_of(weight), "target": weight.sparsity}
+        return {**counts, "changed_bits": changed, "delta2": rng.uniform(0.02, 0.2)}
+
+    groups = [plan.groups[i] for i in phase.prune]
+    weights = {weight.fqn: facts(weight) for group in groups for weight in group.weights}
+    names = [group.name for group in groups]
+    head = {"event": "prune", "step": phase.stop, "phase": index, "groups": names}
+    return {**head, "weights": weights, "explored": explored}
+
+
+def summary_of(plan: Plan, events: list[dict[str, Any]]) -> dict[str, Any]:
+    total = sum(group.numel for group in plan.groups)
+    kept = {w.fqn: {"numel": w.numel, "kept": kept_of(w), "group": g.name} for g in plan.groups for w in g.weights}
+    actual = 1 - sum(kept_of(weight) for weight in plan.weights()) / total
+    evals = [event["metrics"] for event in events if event["event"] == "eval"]
+    best = {"accuracy": max(e["accuracy"] for e in evals), "loss": min(e["loss"] for e in evals)}
+    return {
+        "method": plan.method,
+        "sparsity_target": plan.sparsity,
+        "sparsity_actual": actual,
+        "sparsity_model": actual * total / (total + 32000),
+        "per_weight": kept,
+        "groups": [{"name": g.name, "weights": [w.fqn for w in g.weights]} for g in plan.groups],
+        "phases": json.loads(plan.to_json())["phases"],
+        "metrics": {"final": evals[-1], "best": best},
+        "seconds": plan.num_steps * 0.42 + 12,
+        "peak_rss_bytes": 1_523_000_000,
+        "world_size": 2,
+        "zero_stage": 1,
+        "form": "masked",
+        "seed": 7,
+        "versions": {"gapfx": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "python": "3.11.2"},
+    }
+
+
+def write_run(path: Path, plan: Plan, *, until: int | None = None) -> Path:
+    """A run directory as training leaves it; `until` stops the log after that step and leaves out the summary."""
+    path.mkdir(parents=True, exist_ok=True)
+    config = {"task": "task.py", "method": plan.method, "sparsity": plan.sparsity, "batch_size": 64, "nproc": 2}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "plan.json").write_text(plan.to_json())
+    events = list(events_of(plan))
+    kept = [event for event in events if until is None or event["step"] <= until]
+    if until is None:
+        kept.append({"event": "end", "step": plan.num_steps, "seconds": plan.num_steps * 0.42})
+        (path / "summary.json").write_text(json.dumps(summary_of(plan, events)))
+        (path / "model.safetensors").write_bytes(bytes(4096))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    return path
+
+
+class Page(HTMLParser):
+    """A strict reader: counts tags, checks that they close, collects text and links to elsewhere."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(path: Path) -> tuple[str, Page]:
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    path = write_report(write_run(tmp_path / "run", make_plan()))
+    html, page = read(path)
+    assert path == tmp_path / "run" / "report.html"
+    assert page.loaded == []
+    assert "link" not in page.tags
+    assert "http" not in html
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_the_headline_has_metric_sparsity_and_size(tmp_path: Path) -> None:
+    plan = make_plan()
+    run = write_run(tmp_path / "run", plan)
+    _, page = read(write_report(run))
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"Final accuracy {summary['metrics']['final']['accuracy']:.4g}" in page.text
+    assert f"Sparsity {100 * summary['sparsity_actual']:.1f} % target 90.0 %" in page.text
+    kept = sum(kept_of(weight) for weight in plan.weights())
+    assert f"Weights kept {kept:,} of {sum(w.numel for w in plan.weights()):,} planned" in page.text
+    assert "not finished" not in page.text
+
+
+def test_every_chart_and_table_of_a_gap_run_is_there(tmp_path: Path) -> None:
+    plan = make_plan()
+    _, page = read(write_report(write_run(tmp_path / "run", plan)))
+    titles = ("Training loss", "Accuracy", "Learning rate", "Which group is dense when", "Mask bits changed")
+    for title in (*titles, "Weights ever explored", "Sparsity of each weight", "Settings", "Versions", "Resources"):
+        assert title in page.text
+    for weight in plan.weights():
+        assert weight.fqn in page.text
+    assert "2 rounds over 4 groups" in page.text
+    assert "96 \u00d7 32" in page.text
+    assert "read by an embedding" in page.text
+    assert "1.42 GiB" in page.text
+
+
+def test_a_chart_tells_its_content_to_a_screen_reader(tmp_path: Path) -> None:
+    html, page = read(write_report(write_run(tmp_path / "run", make_plan())))
+    assert html.count('role="img"') >= 6
+    assert html.count("<desc>") == html.count('role="img"')
+    assert page.tags.count("h1") == 1
+
+
+@pytest.mark.parametrize("method", ["dense", "static", "oneshot"])
+def test_runs_with_few_prunes_or_none_have_a_report(tmp_path: Path, method: str) -> None:
+    _, page = read(write_report(write_run(tmp_path / "run", make_plan(method))))
+    assert ("This method never prunes" in page.text) == (method != "oneshot")
+    assert ("Mask bits changed" in page.text) == (method == "oneshot")
+    assert "Which group is dense when" in page.text
+
+
+@pytest.mark.parametrize("until", [0, 3, 50, 133, 400])
+def test_an_unfinished_run_says_so_and_where_it_is(tmp_path: Path, until: int) -> None:
+    plan = make_plan()
+    _, page = read(write_report(write_run(tmp_path / "run", plan, until=until)))
+    last = until // LOG_EVERY * LOG_EVERY
+    assert f"This run is not finished : step {last} of 500 ({last / 500:.0%})" in page.text
+    assert f"in phase \u201c{plan.phases[phase_at(plan, last)].name}\u201d" in page.text
+
+
+def test_a_last_line_cut_short_is_left_out_in_silence(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_plan(), until=200)
+    log = run / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-30])
+    assert read_run(run).notes == ()
+    write_report(run)
+
+
+def test_bad_lines_in_the_middle_are_counted_and_the_rest_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_plan())
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    bad = ['{"event": "step", "st', "[1, 2]", '{"event": "step", "step": "five"}', "null", '{"event": 3, "step": 1}']
+    log.write_text("\n".join([*lines[:3], *bad, *lines[3:]]))
+    _, page = read(write_report(run))
+    assert "5 lines of metrics.jsonl could not be read" in page.text
+    assert len(read_run(run).steps) == 100
+
+
+def test_values_that_are_not_finite_never_reach_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_plan())
+    log = run / "metrics.jsonl"
+    text = re.sub(r'"loss": [0-9.]*[02468],', '"loss": NaN,', log.read_text())
+    text = re.sub(r'"accuracy": [0-9.]+', '"accuracy": Infinity', text)
+    log.write_text(text.replace('"delta2": 0', '"delta2": -Infinity, "was": 0'))
+    html, page = read(write_report(run))
+    assert re.search(r"\b(nan|inf|infinity)\b", page.text, re.IGNORECASE) is None
+    assert re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', html, re.IGNORECASE) is None
+
+
+def test_a_loss_that_was_not_finite_is_said_in_words(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_plan(), until=100)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"event": "step", "step": 105, "phase": 2, "loss": NaN, "lr": 0.001, "seconds": 50}\n')
+    _, page = read(write_report(run))
+    assert "1 value was not finite" in page.text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>&\"\x00\x1b"
+    plan = Plan((Group(evil, (Weight(evil, (4, 4), 0.5),)),), phases=(Phase(evil, 0, 100, (0,), (0,)),))
+    run = write_run(tmp_path / "<b>run", plan)
+    (run / "config.json").write_text(json.dumps({evil: evil}))
+    (run / "metrics.jsonl").write_text(json.dumps({"event": "eval", "step": 5, "metrics": {evil: 0.5}}))
+    html, page = read(write_report(run))
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags
+    assert "<script>alert" not in html
+    assert "\x00" not in html
+
+
+def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
+    plan = make_plan()
+    events = list(events_of(plan))
+    first = [event for event in events if event["step"] <= 230]
+    second = [event for event in events if event["step"] > 200]
+    run = write_run(tmp_path / "run", plan)
+    lines = [*first, {"event": "resume", "step": 200}, *second]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = read_run(run)
+    assert [step.step for step in seen.steps] == list(range(LOG_EVERY, 501, LOG_EVERY))
+    assert len(seen.prunes) == 8
+    assert "Resumed once" in read(write_report(run))[1].text
+
+
+def test_three_hundred_weights_become_columns_with_a_table_below(tmp_path: Path) -> None:
+    html, page = read(write_report(write_run(tmp_path / "run", make_plan(num_groups=12, per_group=25))))
+    assert "weight, in the order of the plan" in page.text
+    assert 'class="bar-row"' not in html
+    assert page.tags.count("tr") > 300
+    assert len(html) < 600_000
+
+
+def test_long_logs_are_thinned(tmp_path: Path) -> None:
+    budget = Budget(rounds=2, phase_steps=10_000, finetune_steps=20_000)
+    run = write_run(tmp_path / "run", make_plan(budget=budget))
+    assert len(read_run(run).steps) == 20_000
+    assert write_report(run).stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("missing", ["config.json", "plan.json", "metrics.jsonl"])
+def test_a_missing_file_costs_its_part_of_the_report_alone(tmp_path: Path, missing: str) -> None:
+    run = write_run(tmp_path / "run", make_plan())
+    (run / missing).unlink()
+    _, page = read(write_report(run))
+    assert "Final accuracy" in page.text
+    assert "blocks.0.attn.qkv.weight" in page.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "plan.json", "summary.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"half": ', "\x00", '{"per_weight": 3, "metrics": [], "versions": 1}'])
+def test_a_broken_file_is_named_and_never_stops_the_report(tmp_path: Path, name: str, content: str) -> None:
+    run = write_run(tmp_path / "run", make_plan())
+    (run / name).write_text(content)
+    _, page = read(write_report(run))
+    is_readable = content.startswith('{"per') and name != "plan.json"
+    assert (f"{name} could not be read" in page.text.lower()) != is_readable
+
+
+def test_a_folder_without_a_run_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="is not a run directory"):
+        format_summary(tmp_path / "nowhere")
+
+
+def test_summary_of_a_finished_run(tmp_path: Path, golden: Any) -> None:
+    golden("report_summary", format_summary(write_run(tmp_path / "run", make_plan())))
+
+
+def test_summary_of_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    text = format_summary(write_run(tmp_path / "run", make_plan(), until=133))
+    assert "Not finished: step 130 of 500 (26%), in phase \u201cround 1 group 3\u201d." in text
+    assert "Latest accuracy" in text
