@@ -44,12 +44,11 @@ def train_task(
     """Train, as a rank when a launcher made this process one, else with as many ranks as the settings say."""
     from gapfx.runtime.launch import is_rank, run_local_ranks, single_process_environment
 
+    task, settings = source.load()
     if not is_rank():
-        _, settings = source.load()
         if settings.nproc > 1:
             return run_local_ranks(sys.argv[1:], settings.nproc)
         single_process_environment()
-    task, settings = source.load()
     from gapfx.training import Request, run_training
 
     request = Request(

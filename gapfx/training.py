@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -51,7 +51,7 @@ class Request:
     plan: Path | None = None
     passes: str = ""
     observer: Observer | None = None
-    stream: TextIO = sys.stdout
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
 
 
 def run_training(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
