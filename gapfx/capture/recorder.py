@@ -119,7 +119,7 @@ class Recorder(TorchFunctionMode):
     def add_leaf(self, fqn: str, module: nn.Module, args: Any, kwargs: Any, out: Any, written: set[int]) -> fx.Node:
         """A node for a leaf call. Boxes and items around it belong to the scope of its parent."""
         values, own = self.values, self.scope.pop()
-        node = values.module_call(fqn, tuple(values.argument(arg) for arg in args), values.argument(kwargs))
+        node = values.module_call(own, tuple(values.argument(arg) for arg in args), values.argument(kwargs))
         node.meta.update(fqn=fqn, fn=module_fn(module))
         self._finish(node, (args, kwargs), out, written)
         node.meta["stack"] = (*self.scope, own)
@@ -202,15 +202,16 @@ def function_name(function: Any) -> str:
 
 
 def as_importable(function: Any, args: Any) -> tuple[Any, Any]:
-    """The same call of something that generated code can import: `Tensor.__rsub__(x, 1)` as `operator.sub(1, x)`."""
+    """The call with its operands in the order written, of what generated code can import.
+
+    `Tensor.__rsub__(x, 1)` is `operator.sub(1, x)`.
+    """
     wrapped, dunder = getattr(function, "__wrapped__", None), DUNDER.fullmatch(str(getattr(function, "__name__", "")))
-    if is_importable(function):
-        return function, args
-    if isinstance(wrapped, MethodDescriptorType):
-        return wrapped, args
-    if dunder and dunder["side"] != "i":
+    if dunder and dunder["side"] == "r":
         op = {"div": "truediv", "and": "and_", "or": "or_"}.get(dunder["op"], dunder["op"])
-        return getattr(operator, op), args[::-1] if dunder["side"] == "r" else args
+        return getattr(operator, op), args[::-1]
+    if isinstance(wrapped, MethodDescriptorType) and not is_importable(function):
+        return wrapped, args
     return function, args
 
 

@@ -50,7 +50,7 @@ def refuse_output(model: nn.Module, output: object) -> None:
 
 
 def failed_forward(model: nn.Module, watch: Watch, error: Exception) -> GapfxError:
-    """The error that names the module and the line where the run stopped; the recorder's own failures are not the user's."""
+    """The error that names the module and the line where the run stopped; its own failures are not the user's."""
     what = f"{type(error).__name__}: {error}"
     if RECORDING & {frame.name for frame in traceback.extract_tb(error.__traceback__)}:
         return GapfxError(

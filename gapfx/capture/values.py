@@ -136,9 +136,11 @@ class Values:
         self.put(tensor, node)
         return node
 
-    def module_call(self, fqn: str, args: Any, kwargs: Any) -> fx.Node:
-        """A call_module node, named after its module."""
-        return self.graph.create_node("call_module", safe_target(fqn), args, kwargs, name=_node_name(fqn))
+    def module_call(self, scope: tuple[str, int], args: Any, kwargs: Any) -> fx.Node:
+        """A call_module node, named after its module and, from the second call on, the number of the call."""
+        fqn, call = scope
+        name = _node_name(fqn) + (f"_call{call}" if call > 1 else "")
+        return self.graph.create_node("call_module", safe_target(fqn), args, kwargs, name=name)
 
     def argument(self, value: Any) -> Any:
         """The value as an argument of a node: tensors become nodes, what fx cannot write goes into a box."""
