@@ -151,7 +151,7 @@ class _Ranks:
 
 
 def _supervise(ranks: _Ranks, caught: Sequence[int], grace_seconds: float) -> int:
-    code, num_passed_on, deadline, is_stopping = 0, 0, math.inf, False
+    code, cause, num_passed_on, deadline, is_stopping = 0, "", 0, math.inf, False
     while ranks.alive:
         if len(caught) > num_passed_on:
             ranks.send(signal.SIGKILL if num_passed_on else caught[0])
@@ -163,31 +163,34 @@ def _supervise(ranks: _Ranks, caught: Sequence[int], grace_seconds: float) -> in
         if end is None or is_stopping:
             continue
         rank, status = end
-        rank_code = _exit_code(rank, status, num_passed_on)
-        if rank_code == 0:
+        if status == 0:
             continue
-        code = rank_code
+        code = _exit_code(status, num_passed_on)
+        cause = _cause(rank, status) if status < 0 else ""
         # An interrupted rank has left in good order: the others are still writing their checkpoint.
         if not (num_passed_on and code == INTERRUPTED_CODE):
             is_stopping, deadline = True, time.monotonic() + grace_seconds
             ranks.send(signal.SIGTERM)
+    if code != INTERRUPTED_CODE:
+        _say(cause)  # below the tracebacks of ranks that lost it as their peer
     return code
 
 
-def _exit_code(rank: int, status: int, num_passed_on: int) -> int:
+def _exit_code(status: int, num_passed_on: int) -> int:
     """Exit code for the return code of a child: negative means killed by that signal."""
     if status >= 0:
         return status
     is_asked_for = num_passed_on > 1 or (num_passed_on == 1 and -status in (signal.SIGINT, signal.SIGTERM))
-    if is_asked_for:
-        return INTERRUPTED_CODE
+    return INTERRUPTED_CODE if is_asked_for else 1
+
+
+def _cause(rank: int, status: int) -> str:
     try:
         name = signal.Signals(-status).name
     except ValueError:  # real-time signals have no name
         name = "unnamed"
     hint = "; the usual cause is too little memory" if -status == signal.SIGKILL else ""
-    _say(f"gapfx: rank {rank} was killed by signal {-status} ({name}){hint}\n")
-    return 1
+    return f"gapfx: rank {rank} was killed by signal {-status} ({name}){hint}\n"
 
 
 def _rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:

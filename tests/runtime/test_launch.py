@@ -131,6 +131,25 @@ def test_a_rank_killed_by_a_signal_is_named(name: str, message: str, capfd: pyte
     assert capfd.readouterr().err == message
 
 
+def test_the_cause_stands_below_what_the_other_ranks_say_about_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = f"""
+        ready = r'{tmp_path}/ready'
+        if rank == 0:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit("lost a peer"))
+            open(ready, 'w')
+            while True: time.sleep(0.05)
+        while not os.path.exists(ready): time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    """
+    assert run_script(script, grace_seconds=20) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "lost a peer",
+        "gapfx: rank 1 was killed by signal 11 (SIGSEGV)",
+    ]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_reaches_every_rank_exactly_once(number: signal.Signals, tmp_path: Path) -> None:
     script = """
