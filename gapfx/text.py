@@ -88,7 +88,8 @@ def _value(value: Any) -> str:
         items = cast(Mapping[Any, Any], value).items()
         return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in items) + "}"
     if isinstance(value, slice):
-        return ":".join("" if part is None else _value(part) for part in (value.start, value.stop, value.step))
+        parts = (value.start, value.stop) if value.step is None else (value.start, value.stop, value.step)
+        return ":".join("" if part is None else _value(part) for part in parts)
     if isinstance(value, (tuple, list)):
         items = ", ".join(map(_value, cast(Sequence[Any], value)))
         return f"[{items}]" if isinstance(value, list) else f"({items})"
