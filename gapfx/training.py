@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import load_checkpoint
 from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
-from gapfx.runtime.feed import DeviceLoader, Feed, whole_loader
+from gapfx.runtime.feed import DeviceLoader, Feed, is_map_style, whole_loader
 from gapfx.runtime.learning_rate import warmup_cosine
 from gapfx.runtime.loop import Job, Pace, initial_state, train
 from gapfx.runtime.seeds import seed_everything
@@ -84,6 +85,7 @@ def _train(task: Task, settings: Settings, request: Request, run: RunDir, job: J
             progress.note(f"{problem}; continuing from step {state.step}")
         recording.start(settings, state, is_resumed=found is not None)
         began = time.monotonic()
+        gc.freeze()  # the collection at each phase's end need not look at the libraries again
         job = dataclasses.replace(job, emit=recording.emit, should_stop=should_stop)
         train(job, state)
         seconds = recording.seconds_before + time.monotonic() - began
@@ -121,7 +123,7 @@ def load_data(task: Task, settings: Settings, split: str) -> Any:
             where=str(task.path),
             fix="return a torch Dataset, a list of samples or an iterable of samples",
         )
-    if hasattr(data, "__getitem__") and not hasattr(data, "__len__"):
+    if is_map_style(data) and not hasattr(data, "__len__"):
         raise TaskError(f"{name} has __getitem__ but no __len__", where=str(task.path), fix="give the dataset a length")
     return data
 

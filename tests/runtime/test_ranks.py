@@ -1,0 +1,87 @@
+"""Runs of several processes: equal to one process, and resumable after any of them dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TASK, assert_same_bits, finish, start, summary, weights
+
+pytestmark = pytest.mark.distributed
+SAME_BATCH = ("--batch-size", 32, "--micro-batch", 16)
+
+
+def run(out: Path, *flags: object) -> Path:
+    code, _, err = finish("sparsify", TASK, "--out", out, *flags)
+    assert code == 0, err
+    return out
+
+
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", *SAME_BATCH)
+    two = run(tmp_path / "two", *SAME_BATCH, "--nproc", 2)
+    ours, theirs = weights(one), weights(two)
+    assert max(float((ours[fqn] - theirs[fqn]).abs().max()) for fqn in ours) <= 1e-6
+    assert [fqn for fqn in ours if not bool(((ours[fqn] == 0) == (theirs[fqn] == 0)).all())] == []
+    assert summary(two)["world_size"] == 2
+
+
+def test_two_ranks_in_bf16_with_zero_2_end_sparse(tmp_path: Path) -> None:
+    two = run(tmp_path / "two", "--nproc", 2, "--dtype", "bf16", "--zero", 2, "--state", "carry")
+    assert summary(two)["sparsity_actual"] == pytest.approx(0.8, abs=2e-3)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_killed_run_continues_to_the_same_bits(nproc: int, tmp_path: Path) -> None:
+    flags = ("--nproc", nproc, "--checkpoint-every", 3)
+    whole = run(tmp_path / "whole", *flags)
+    cut, draw = tmp_path / "cut", random.Random(nproc)
+    for kill in range(3):
+        resume = ["--resume"] if (cut / "config.json").exists() else []
+        process = start("sparsify", TASK, "--out", cut, *flags, *resume)
+        _wait_for_lines(cut, 4 + 9 * kill + draw.randrange(6))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        time.sleep(0.5)  # ranks die with their launcher
+    run(cut, *flags, "--resume")
+    assert_same_bits(whole, cut)
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    process = start("sparsify", TASK, "--out", tmp_path / "run", "--nproc", 2, "--phase-epochs", 20)
+    _wait_for_lines(tmp_path / "run", 8)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(children[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1" in err
+    assert "SIGKILL" in err or "signal 9" in err
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_leaves_a_resumable_run(nproc: int, tmp_path: Path) -> None:
+    flags = ("--nproc", nproc, "--phase-epochs", 2)
+    whole, cut = run(tmp_path / "whole", *flags), tmp_path / "cut"
+    process = start("sparsify", TASK, "--out", cut, *flags)
+    _wait_for_lines(cut, 6)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    run(cut, *flags, "--resume")
+    assert_same_bits(whole, cut)
+
+
+def _wait_for_lines(out: Path, num: int) -> None:
+    deadline, metrics = time.monotonic() + 90, out / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= num:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{metrics} did not get {num} lines")
