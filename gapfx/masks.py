@@ -58,8 +58,9 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     """SHA-256 over FQNs and packed bits: equal on two ranks exactly when all their masks are."""
     total = hashlib.sha256()
     for fqn in sorted(masks):
-        total.update(fqn.encode() + b"\0")
-        total.update(masks[fqn].cpu().numpy().tobytes())
+        bits = masks[fqn].cpu().numpy().tobytes()
+        # With the lengths, no two sets of masks are the same stream of bytes.
+        total.update(f"{len(fqn)} {fqn} {len(bits)} ".encode() + bits)
     return total.hexdigest()
 
 

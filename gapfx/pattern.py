@@ -56,8 +56,11 @@ def kept_count(numel: int, sparsity: float) -> int:
 
 
 def top_mask(score: Tensor, num_kept: int) -> Tensor:
-    """True at the `num_kept` largest scores; among equal scores the lower flat index wins, on every device and rank."""
-    flat = score.detach().flatten()
+    """True at the `num_kept` largest scores; among equal scores the lower flat index wins, on every device and rank.
+
+    Raises UserError for scores that are NaN.
+    """
+    flat = _ordered(score).flatten()
     if num_kept >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
     # The k-th largest is the (n - k + 1)-th smallest.
@@ -65,6 +68,16 @@ def top_mask(score: Tensor, num_kept: int) -> Tensor:
     mask, tied = flat > threshold, (flat == threshold).nonzero().flatten()
     mask[tied[: num_kept - int(mask.sum())]] = True
     return mask.view(score.shape)
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """The score, detached; NaN has no place in an order, and torch would silently keep too few or the wrong ones."""
+    num_nan = int(score.isnan().sum())
+    if num_nan:
+        raise UserError(
+            f"{num_nan} of {score.numel()} scores are NaN", fix="look for NaN in the weights: the training may diverge"
+        )
+    return score.detach()
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,8 @@ class NOfM:
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """The inputs of an output must divide into runs of m."""
+        if len(shape) < 2:
+            return f"it has {len(shape)} dimension(s), runs of inputs need two"
         inputs = math.prod(shape[1:])
         return None if inputs % self.m == 0 else f"{inputs} inputs do not divide into runs of {self.m}"
 
@@ -115,7 +130,7 @@ class NOfM:
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         """The n highest scores of each run; among equal scores the lower index wins."""
-        run_ORM = rearrange(score.detach().flatten(1), "o (r m) -> o r m", m=self.m)
+        run_ORM = rearrange(_ordered(score).flatten(1), "o (r m) -> o r m", m=self.m)
         rank_ORM = run_ORM.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
         return rearrange(rank_ORM < self.n, "o r m -> o (r m)").reshape(score.shape)
 
@@ -134,6 +149,8 @@ class Block:
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Outputs and flattened inputs must divide into blocks."""
+        if len(shape) < 2:
+            return f"it has {len(shape)} dimension(s), blocks need two"
         outputs, inputs = shape[0], math.prod(shape[1:])
         if outputs % self.rows == 0 and inputs % self.columns == 0:
             return None
@@ -147,7 +164,7 @@ class Block:
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         """The blocks with the highest sums."""
         size = {"r": self.rows, "c": self.columns}
-        block_OI = reduce(score.detach().flatten(1), "(o r) (i c) -> o i", "sum", **size)
+        block_OI = reduce(_ordered(score).flatten(1), "(o r) (i c) -> o i", "sum", **size)
         kept_OI = top_mask(block_OI, kept_count(block_OI.numel(), sparsity))
         return repeat(kept_OI, "o i -> (o r) (i c)", **size).reshape(score.shape)
 
@@ -161,7 +178,7 @@ def _unstructured(options: str) -> Pattern:
 
 @PATTERNS.register("block")
 def _block(options: str) -> Pattern:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options)
+    match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", options)
     if not match:
         raise UserError(f"cannot read the block size {options!r}", fix="write it as rows x columns, such as block:4x1")
     return Block(int(match[1]), int(match[2]))
@@ -169,7 +186,7 @@ def _block(options: str) -> Pattern:
 
 def parse_pattern(text: str) -> Pattern:
     """`unstructured`, `2:4`, `block:4x1` or a registered `name:options` -> the pattern. Raises UserError."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if match:
         n, m = int(match[1]), int(match[2])
         if not 0 < n < m:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,8 @@ class Phase:
 class Plan:
     """Ordered groups, the target sparsity of each weight, what stays dense, and the phases of the run.
 
-    `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune.
+    `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune;
+    `start_masks` "none" begins with every weight dense.
     """
 
     groups: tuple[Group, ...]
@@ -126,10 +128,9 @@ class Plan:
     def from_json(text: str, *, source: str = "the plan") -> Plan:
         """Parse and validate a plan. Raises PlanError that names the place in `source`."""
         try:
-            data: Any = json.loads(text)
-        except ValueError as error:
+            plan: Plan = _parse(Plan, json.loads(text), source)
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON: {error}", fix="write it again with `gapfx plan --json`") from error
-        plan = _parse(Plan, data, source)
         plan.validate(source=source)
         return plan
 
@@ -169,6 +170,13 @@ class Plan:
                     )
 
 
+def is_finite_number(value: object) -> bool:
+    """Whether the value is a number that a float can hold; JSON also has NaN, Infinity and integers of any size."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
 def _check_weights(plan: Plan, source: str) -> None:
     seen: dict[str, str] = {}
     for index, group in enumerate(plan.groups):
@@ -187,7 +195,7 @@ def _check_weights(plan: Plan, source: str) -> None:
             for fqn in (weight.fqn, *weight.aliases):
                 if fqn in seen:
                     raise PlanError(
-                        f"{fqn} is in two groups, {seen[fqn]!r} and {group.name!r}",
+                        f"{fqn} is twice in the plan, in groups {seen[fqn]!r} and {group.name!r}",
                         where=where,
                         fix="a weight belongs to one group",
                     )
@@ -223,8 +231,7 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         if data not in args:
             raise PlanError(f"{data!r:.60} is not one of {', '.join(map(str, args))}", where=where)
         return data
-    is_number = isinstance(data, (int, float)) and not isinstance(data, bool)
-    if kind is float and is_number and math.isfinite(data):
+    if kind is float and is_finite_number(data):
         return float(data)
     if kind in (int, str) and isinstance(data, kind) and not isinstance(data, bool):
         return data

@@ -17,6 +17,9 @@ from gapfx.settings import Settings, merge
 FREE_ON_RESUME = ("log_every", "keep_checkpoints", "nproc")
 
 
+_OWN_FILES = ("config.json", "plan.json", "metrics.jsonl", "model.safetensors", "summary.json", "report.html")
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of a run's files."""
@@ -56,7 +59,7 @@ class RunDir:
     def check_new(self, *, force: bool) -> None:
         """Raise UserError unless a new run may be written here: never over a run without `force`."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if not self.config.is_file():
+            if not self._is_run():
                 raise UserError(
                     f"{self.path} exists and is not a run",
                     fix="give another --out; gapfx deletes nothing that it did not make",
@@ -71,13 +74,23 @@ class RunDir:
         """Make the directory of a new run, with `force` in the place of an older one. Raises UserError."""
         self.check_new(force=force)
         try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in _OWN_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            if self.checkpoints.exists():
+                shutil.rmtree(self.checkpoints)
             write_atomically(self.config, settings.to_json())
             write_atomically(self.plan, plan.to_json())
         except OSError as error:
             raise UserError(f"the run directory cannot be made: {error}", fix="give another --out") from error
+
+    def _is_run(self) -> bool:
+        """Many programs call a file config.json: only one that holds settings marks a run."""
+        try:
+            self.settings()
+        except UserError:
+            return False
+        return True
 
     def settings(self) -> Settings:
         """The settings that the run was started with. Raises UserError when there is no run here."""
@@ -101,18 +114,18 @@ class RunDir:
         return Plan.load(self.plan) if self.plan.is_file() else None
 
     def rewind_metrics(self, step: int) -> None:
-        """Cut metrics.jsonl after the checkpoint of `step`; later lines, and torn ones, are written anew."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.is_file() else []
-        keep = 0
-        for number, line in enumerate(lines, start=1):
-            event = _event(line)
-            if event.get("event") == "checkpoint" and event.get("step") == step:
-                keep = number
-        write_atomically(self.metrics, "".join(lines[:keep]))
+        """Cut metrics.jsonl after the checkpoint of `step`; later lines, and torn ones, are written anew.
+
+        A crash between a checkpoint and its line leaves no such line: then everything before it stays.
+        """
+        events = self.events()
+        keep = [i for i, e in enumerate(events, start=1) if e.get("event") == "checkpoint" and e.get("step") == step]
+        end = keep[-1] if keep else next((i for i, e in enumerate(events) if _is_after(e, step)), len(events))
+        write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in events[:end]))
 
     def events(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else []
         return [event for event in map(_event, lines) if event]
 
 
@@ -128,13 +141,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _event(line: str) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(line))
+        event: Any = json.loads(line)
     except ValueError:
         return {}
+    return cast(dict[str, Any], event) if isinstance(event, dict) else {}
+
+
+def _is_after(event: dict[str, Any], step: int) -> bool:
+    """Whether the event was written after the state of `step` was complete."""
+    at = event.get("step", 0)
+    return at > step or (at == step and event.get("event") in ("phase", "resume"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}", fix="restore it, or start again with --force") from error
+        data: Any = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}", fix="restore it, or start again with another --out") from error
+    return cast(dict[str, Any], data)

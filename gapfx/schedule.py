@@ -30,7 +30,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A phase table, and the criterion that makes the masks before its first phase."""
+    """A phase table, and the criterion that makes the masks before its first phase (see gapfx.plan.Plan)."""
 
     phases: tuple[Phase, ...]
     start_masks: str = "random"
@@ -62,7 +62,8 @@ def gap(budget: Budget, num_groups: int) -> Schedule:
 @SCHEDULES.register("dense")
 def dense(budget: Budget, num_groups: int) -> Schedule:
     """Every group dense from the first step to the last: the control that all sparse results are held against."""
-    return Schedule((Phase("dense", 0, _total_steps(budget, num_groups), grow=tuple(range(num_groups))),))
+    phase = Phase("dense", 0, _total_steps(budget, num_groups), grow=tuple(range(num_groups)))
+    return Schedule((phase,), start_masks="none")
 
 
 @SCHEDULES.register("static")
@@ -77,12 +78,14 @@ def oneshot(budget: Budget, num_groups: int) -> Schedule:
     everything, stop = tuple(range(num_groups)), _growing_steps(budget, num_groups)
     if not budget.finetune_steps:
         raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
-    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))
+    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)), start_masks="none")
 
 
 def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
     """The plan with the phase table of `method`. Raises UserError for an unknown method or an empty budget."""
     maker = SCHEDULES[method]
+    if not plan.groups:
+        raise UserError("the plan has no groups", fix="`gapfx plan TASK` shows why each weight stays dense")
     if budget.rounds < 1 or budget.phase_steps < 1 or budget.finetune_steps < 0:
         raise UserError(
             f"no schedule of {budget.rounds} rounds, {budget.phase_steps} steps a phase, "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from gapfx.errors import UserError
+from gapfx.plan import is_finite_number
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def merge(*layers: tuple[str, Mapping[str, Any]]) -> Settings:
 def _checked(name: str, value: Any, where: str) -> Any:
     hints = get_type_hints(Settings)
     if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1)
+        near = difflib.get_close_matches(str(name), hints, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown setting {name!r}", where=where, fix=f"{hint}known: {', '.join(hints)}")
     return _convert(hints[name], value, name, where)
@@ -137,7 +137,7 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         if value == "auto":
             return value
         kind, value = int, int(value) if isinstance(value, str) and value.isdecimal() else value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if kind is float and is_finite_number(value):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gapfx.capture import capture
 from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
-from gapfx.errors import UserError
+from gapfx.errors import PlanError, UserError
 from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
 from gapfx.passes import default_pipeline
 from gapfx.passes.allocate_sparsity import AllocateSparsity
@@ -65,6 +66,7 @@ def compile_model(
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place."""
     unit = Unit(capture(model, run))
     if plan is not None:
+        _check_rules(plan)
         plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})
         unit.assume(AllocateSparsity, plan)
         Pipeline((InsertMasks(),), observer).run(unit)
@@ -101,6 +103,16 @@ def _partition(options: CompileOptions, unit: Unit) -> Partition:
     return Partition(last, options.partition, options.globs, options.seed)
 
 
+def _check_rules(plan: Plan) -> None:
+    """Names in a plan that was edited by hand are found wrong now, not at the first prune."""
+    for name in (plan.criterion, *(() if plan.start_masks == "none" else (plan.start_masks,))):
+        CRITERIA[name]
+    for weight in plan.weights():
+        refusal = parse_pattern(weight.pattern).refusal(weight.shape)
+        if refusal:
+            raise PlanError(f"{weight.fqn} cannot have the pattern {weight.pattern}: {refusal}")
+
+
 def _check_masked(unit: Unit, plan: Plan) -> None:
     refused = dict(unit.refusals)
     for weight in plan.weights():
@@ -117,7 +129,8 @@ class Masks(Mapping[str, Tensor]):
         self._module, self._weights = module, {weight.fqn: weight for weight in plan.weights()}
 
     def __getitem__(self, fqn: str) -> Tensor:
-        return unpack(bits_of(self._module, fqn), self._weights[fqn].shape)
+        weight = self._weights[fqn]
+        return unpack(bits_of(self._module, fqn), weight.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -144,7 +157,9 @@ class Sparse:
 
     def set_mask(self, fqn: str, mask: Tensor) -> None:
         """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops."""
-        weight = next(item for item in self.plan.weights() if item.fqn == fqn)
+        weight = next((item for item in self.plan.weights() if item.fqn == fqn), None)
+        if weight is None:
+            raise UserError(f"{fqn!r} is no planned weight", fix="`masks` lists the planned weights")
         if tuple(mask.shape) != weight.shape or mask.dtype != torch.bool:
             raise UserError(f"the mask of {fqn} must be a bool tensor of shape {list(weight.shape)}")
         for name in (fqn, *weight.aliases):
@@ -160,7 +175,11 @@ class Sparse:
 
 def dense_state_dict(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Copies of a masked module's state under its original keys, exact zeros where a weight is masked."""
-    state = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    # What `get_extra_state` of a module gives may be anything.
+    state = {
+        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in module.state_dict().items()
+    }
     for weight in plan.weights():
         mask = unpack(bits_of(module, weight.fqn), weight.shape)
         for fqn in (weight.fqn, *weight.aliases):

@@ -82,7 +82,7 @@ def _import(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except GapfxError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _task_error("the task file cannot be imported", error, path) from error
     return module
 
@@ -121,12 +121,12 @@ def _check_arguments(name: str, function: Callable[..., Any], path: Path) -> Non
 
 
 def _is_own_fault(error: BaseException) -> bool:
-    """Whether the innermost frame is gapfx's own code."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Whether the innermost frame is gapfx's own code; the first one is the guard, which a builtin leaves alone."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
     return bool(frames) and Path(frames[-1].filename).is_relative_to(_HERE)
 
 
-def _task_error(what: str, error: Exception, path: Path) -> TaskError:
+def _task_error(what: str, error: BaseException, path: Path) -> TaskError:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
     where = f"{path}:{frames[-1].lineno}, {frames[-1].line}" if frames else str(path)
     return TaskError(

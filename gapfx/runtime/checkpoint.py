@@ -32,12 +32,15 @@ _TABLES = ("weights", "buffers", "bits", "sparse_bits", "explored")
 def save_checkpoint(directory: Path, state: TrainState, keep: int) -> Path:
     """Write the state as the newest checkpoint in `directory` and delete all but the newest `keep`.
 
+    Checkpoints of later steps go too: the run was continued from before them, because they were damaged.
+
     Raises CheckpointError when the disk refuses, with the older checkpoints untouched.
     """
     final, temporary = directory / f"step-{state.step:08d}", directory / f".writing-{state.step:08d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in directory.glob(".writing-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
         _write_state(temporary, state)
         if final.exists():
@@ -51,8 +54,10 @@ def save_checkpoint(directory: Path, state: TrainState, keep: int) -> Path:
             where=str(directory),
             fix="free disk space and continue with --resume; older checkpoints are untouched",
         ) from error
-    for old in sorted(_step_directories(directory))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    steps = _step_directories(directory)
+    kept = [step for step in steps if step <= state.step][-keep:]
+    for step in steps.keys() - set(kept):
+        shutil.rmtree(steps[step], ignore_errors=True)
     return final
 
 
@@ -62,11 +67,11 @@ def load_checkpoint(directory: Path) -> tuple[TrainState, list[str]] | None:
     Raises CheckpointError when there are checkpoints but none of them is whole.
     """
     problems: list[str] = []
-    for path in sorted(_step_directories(directory), reverse=True):
+    for path in reversed(_step_directories(directory).values()):
         try:
             _verify(path)
             return _read_state(path), problems
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             problems.append(f"{path.name} is damaged: {error}")
     if problems:
         raise CheckpointError(
@@ -77,9 +82,11 @@ def load_checkpoint(directory: Path) -> tuple[TrainState, list[str]] | None:
     return None
 
 
-def _step_directories(directory: Path) -> Iterator[Path]:
-    if directory.is_dir():
-        yield from (path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+def _step_directories(directory: Path) -> dict[int, Path]:
+    """Step -> directory, oldest first."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    found = {int(path.name[5:]): path for path in paths if re.fullmatch(r"step-[0-9]{8,}", path.name)}
+    return dict(sorted(found.items()))
 
 
 def _write_state(directory: Path, state: TrainState) -> None:

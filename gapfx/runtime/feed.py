@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from gapfx.errors import TaskError, UserError
 from gapfx.runtime.seeds import generator, seed_everything
@@ -24,7 +24,7 @@ class Feed:
 
     `data` is a map-style dataset (`__len__` and `__getitem__`), which is shuffled anew each epoch, or an iterable of
     samples, which is taken in its own order. The last samples of an epoch that fill no global batch are left out.
-    `steps_per_epoch` is needed for an iterable without a length.
+    `given_steps_per_epoch` shortens an epoch; an iterable without a length needs it.
     """
 
     data: Any
@@ -44,27 +44,35 @@ class Feed:
     @property
     def steps_per_epoch(self) -> int:
         """Whole global batches in one pass. Raises TaskError when the data has no length or too few samples."""
-        if self.given_steps_per_epoch:
-            return self.given_steps_per_epoch
         try:
             num_samples = len(self.data)
         except TypeError:
+            if self.given_steps_per_epoch:
+                return self.given_steps_per_epoch
             raise TaskError(
                 'data("train") has no length, so the length of an epoch is unknown', fix="give --steps-per-epoch"
             ) from None
+        if not num_samples:
+            raise TaskError('data("train") is empty', fix="return at least one batch of samples")
         if num_samples < self.global_batch:
             raise UserError(
                 f"one global batch of {self.global_batch} samples is more than the {num_samples} training samples",
                 fix=f"give a --batch-size of at most {num_samples}",
             )
-        return num_samples // self.global_batch
+        whole = num_samples // self.global_batch
+        if self.given_steps_per_epoch > whole:
+            raise UserError(
+                f"{self.given_steps_per_epoch} steps an epoch are more than the {whole} global batches of data",
+                fix=f"give --steps-per-epoch of at most {whole}, or leave it out",
+            )
+        return self.given_steps_per_epoch or whole
 
     def steps(self, start: int, stop: int) -> Iterator[Iterator[Any]]:
         """For each step in [start, stop), an iterator over this rank's micro-batches.
 
         Every random stream is seeded just before a micro-batch is fetched, and its forward runs under the same stream.
         """
-        samples = self._map_batches(start, stop) if hasattr(self.data, "__getitem__") else self._stream_batches(start)
+        samples = self._map_batches(start, stop) if is_map_style(self.data) else self._stream_batches(start)
         for step in range(start, stop):
             yield self._micro_batches(step, samples)
 
@@ -100,10 +108,14 @@ class Feed:
 
     def _stream_batches(self, start: int) -> Iterator[Any]:
         chunks_per_step = self.accumulation * self.world_size
-        chunks = self._stream_chunks(start // self.steps_per_epoch)
-        skip = (start % self.steps_per_epoch) * chunks_per_step
-        for index, chunk in enumerate(itertools.islice(chunks, skip, None)):
-            if index % self.world_size == self.rank:
+        epoch = start // self.steps_per_epoch
+        chunks = self._stream_chunks(epoch)
+        for index in itertools.count(epoch * self.steps_per_epoch * chunks_per_step):
+            step, place = divmod(index, chunks_per_step)
+            # Also for chunks of others and skipped ones: a stream that draws random numbers gives all ranks the same.
+            seed_everything(self.seed, step, place)
+            chunk = next(chunks)
+            if step >= start and place % self.world_size == self.rank:
                 yield self.collate(chunk)
 
     def _stream_chunks(self, epoch: int) -> Iterator[list[Any]]:
@@ -123,9 +135,14 @@ class Feed:
             epoch += 1
 
 
+def is_map_style(data: Any) -> bool:
+    """Whether samples are taken by index; torch's IterableDataset inherits a `__getitem__` that only raises."""
+    return hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+
+
 def whole_loader(data: Any, batch_size: int, collate: Collate = default_collate) -> Iterable[Any]:
     """Every sample of `data` once, in order, in batches; the last one may be smaller."""
-    if hasattr(data, "__getitem__"):
+    if is_map_style(data):
         return DataLoader(data, batch_size=batch_size, collate_fn=collate, generator=generator(0))
     return _StreamLoader(data, batch_size, collate)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gapfx.criterion import CRITERIA
-from gapfx.errors import AuditError
+from gapfx.errors import AuditError, DivergedError
 from gapfx.masks import count_kept, digest, pack, unpack
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan, Weight
@@ -55,9 +55,16 @@ class PrunedWeight:
 
 
 def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
-    """Mask every planned weight at its target sparsity by `plan.start_masks`; masked weights become 0."""
+    """Mask every planned weight at its target sparsity by `plan.start_masks`; masked weights become 0.
+
+    With "none" all weights are kept as they were initialised: a dense start that a mask would have spoiled.
+    """
     for index, weight in enumerate(plan.weights()):
-        _set_mask(state, weight, _new_mask(state, weight, plan.start_masks, generator(seed, 0, index)))
+        if plan.start_masks == "none":
+            mask = torch.ones(weight.shape, dtype=torch.bool)
+        else:
+            mask = _new_mask(state, weight, plan.start_masks, generator(seed, 0, index))
+        _set_mask(state, weight, mask)
         state.explored[weight.fqn] = state.bits[weight.fqn].clone()
 
 
@@ -80,6 +87,7 @@ def prune(state: TrainState, plan: Plan, groups: Iterable[int], seed: int) -> di
             mask = _new_mask(state, weight, plan.criterion, draw)
             delta2 = float(value[~mask].square().sum() / value.square().sum().clamp_min(torch.finfo(value.dtype).tiny))
             _set_mask(state, weight, mask)
+            state.explored[weight.fqn] = state.explored[weight.fqn] | state.bits[weight.fqn]
             changed = count_kept(before ^ state.bits[weight.fqn])
             result[weight.fqn] = PrunedWeight(weight.numel, int(mask.sum()), weight.sparsity, changed, delta2)
     return result
@@ -118,6 +126,12 @@ def check_ranks_agree(state: TrainState) -> None:
 
 def _new_mask(state: TrainState, weight: Weight, criterion: str, draw: torch.Generator) -> Tensor:
     score = CRITERIA[criterion](state.weights[weight.fqn], draw)
+    num_nan = int(score.isnan().sum())
+    if num_nan:
+        raise DivergedError(
+            f"{num_nan} of {score.numel()} scores of {weight.fqn} are NaN at step {state.step}",
+            fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
+        )
     return parse_pattern(weight.pattern).mask(score, weight.sparsity)
 
 
