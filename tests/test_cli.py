@@ -1,0 +1,112 @@
+"""The command line: its surface, and the commands that do not train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from gapfx.cli import app
+from gapfx.plan import Plan
+from tests.runs import TASK, events, gapfx, summary, weights
+
+TINY = ("--rounds", 1, "--phase-epochs", 0.2, "--finetune-epochs", 0.2)
+
+
+def test_the_surface_changes_only_on_purpose(golden: Callable[[str, str], None]) -> None:
+    commands = vars(typer.main.get_command(app))["commands"]
+    lines = [
+        f"{name} {' '.join(sorted('/'.join(option.opts) for option in command.params))}"
+        for name, command in commands.items()
+    ]
+    golden("cli_surface", "\n".join(lines))
+
+
+@pytest.mark.parametrize("command", ["sparsify", "plan", "passes", "report", "doctor"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx(command, "--help") == 0
+    assert "Usage: gapfx" in capsys.readouterr().out
+
+
+def test_plan_shows_groups_and_phases(golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx("plan", TASK) == 0
+    golden("cli_plan", capsys.readouterr().out)
+
+
+def test_show_passes_prints_what_each_pass_changed(
+    golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gapfx("plan", TASK, "--show-passes", "--dense", "blocks.1", "--dense", "blocks.2") == 0
+    golden("cli_show_passes", capsys.readouterr().out)
+
+
+def test_a_pipeline_can_be_given_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "partition{groups=2},allocate-sparsity{sparsity=0.5,allocation=erk},insert-masks"
+    assert gapfx("plan", TASK, "--json", "--passes", text) == 0
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert (len(plan.groups), plan.allocation, plan.sparsity) == (2, "erk", 0.5)
+
+
+def test_an_edited_plan_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx("plan", TASK, "--json", *TINY) == 0
+    plan = json.loads(capsys.readouterr().out)
+    plan["groups"][0]["weights"][0]["sparsity"] = 0.25
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", "--plan", tmp_path / "plan.json") == 0
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == plan
+    fqn = plan["groups"][0]["weights"][0]["fqn"]
+    facts = summary(tmp_path / "run")["per_weight"][fqn]
+    assert facts["kept"] == facts["numel"] - round(facts["numel"] * 0.25)
+
+
+def test_a_model_alone_is_enough_for_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tmp_path / "only.py"
+    task.write_text("from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))\n")
+    assert gapfx("plan", f"{task}:net", "--input", "4x8", "--groups", 2) == 0
+    assert "0.weight" not in capsys.readouterr().err
+    assert gapfx("plan", f"{task}:net") == 2
+    assert "give --input 2x3x224x224" in capsys.readouterr().err
+
+
+def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx("passes") == 0
+    out = capsys.readouterr().out
+    for name in ("find-weights", "tie-weights", "find-blocks", "partition", "allocate-sparsity", "insert-masks"):
+        assert f"\n{name} (" in out
+
+
+def test_doctor_reports_versions_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx("doctor", "--json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["packages"]["torch"]
+    assert findings["memory_bytes"] > 0
+
+
+def test_report_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert gapfx("sparsify", TASK, "--out", run, *TINY) == 0
+    (run / "report.html").unlink()
+    assert gapfx("report", run) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert gapfx("report", tmp_path) == 2
+
+
+def test_a_run_leaves_every_file_and_counts_exactly(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert gapfx("sparsify", TASK, "--out", run, *TINY) == 0
+    names = {path.name for path in run.iterdir()}
+    files = {"config.json", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "summary.json"}
+    assert names == files | {"report.html"}
+    assert [event["event"] for event in events(run, "start") + events(run, "end")] == ["start", "end"]
+    facts = summary(run)
+    keys = "method sparsity_target sparsity_actual sparsity_model per_weight groups phases metrics seconds"
+    keys += " peak_rss_bytes world_size zero_stage form seed versions"
+    assert set(facts) == set(keys.split())
+    kept = sum(weight["kept"] for weight in facts["per_weight"].values())
+    numel = sum(weight["numel"] for weight in facts["per_weight"].values())
+    assert facts["sparsity_actual"] == 1 - kept / numel
+    assert facts["sparsity_model"] == (numel - kept) / sum(tensor.numel() for tensor in weights(run).values())
