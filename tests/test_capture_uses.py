@@ -31,6 +31,7 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
     "linear": (lambda x, w, m: F.linear(x, w), "gemm", "linear"),
     "operand of matmul": (lambda x, w, m: x @ w, "gemm", "matmul"),
     "reflected matmul": (lambda x, w, m: w @ x.T, "gemm", "matmul"),
+    "transposed attribute": (lambda x, w, m: x @ w.T.data, "gemm", "matmul"),
     "einsum": (lambda x, w, m: torch.einsum("bi,oi->bo", x, w), "gemm", "einsum"),
     "convolution through views": (
         lambda x, w, m: F.conv1d(x[..., None], w.t().contiguous()[..., None]),
@@ -54,6 +55,8 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
     "its mean subtracted": (lambda x, w, m: x @ (w - w.mean()), "other", "mean"),
     "a lookup": (lambda x, w, m: F.embedding(IDS, w) + x, "embedding", "embedding"),
     "a lookup and a product": (lambda x, w, m: F.embedding(IDS, w) @ w, "gemm", "embedding"),
+    "a template for a shape": (lambda x, w, m: m.linear.weight.view_as(w) @ x.T, "unused", ""),
+    "a template for zeros": (lambda x, w, m: x @ torch.zeros_like(w), "unused", ""),
     "returned": (lambda x, w, m: w, "other", "output"),
     "not read": (lambda x, w, m: x, "unused", ""),
     "only its dtype": (lambda x, w, m: x.to(w.dtype), "unused", ""),

@@ -42,3 +42,6 @@ KEEPS_ZEROS = _words("mul neg abs dropout mask gapfx.mask")
 KEEPS_FIRST = _words("div truediv normalize _weight_norm _weight_norm_interface")
 # The other arguments only choose among the values of the first.
 SELECTS = _words("getitem index_select gather take_along_dim")
+# Take the shape or dtype of an argument and none of its values.
+LIKE_FIRST = _words("zeros_like ones_like empty_like full_like rand_like randn_like")
+LIKE_SECOND = _words("view_as reshape_as expand_as type_as")

@@ -59,7 +59,8 @@ class Watch:
             return self._before(original, module, args, kwargs)
         fqn = self.recorder.module_names.get(id(module))
         if fqn is None:
-            self.unregistered.add(type(module).__name__)
+            if any(True for _ in module.parameters()):
+                self.unregistered.add(type(module).__name__)
             return original(module, *args, **kwargs)
         with self.recorder.inside(fqn):
             if not is_leaf(module, self._known):

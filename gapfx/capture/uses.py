@@ -10,7 +10,18 @@ from typing import Any
 from torch import fx, nn
 
 from gapfx.capture.facts import Parameter, ParameterRole, Use, UseRole
-from gapfx.capture.opsets import EMBEDDING, GEMM, GEMM_MODULES, KEEPS_FIRST, KEEPS_ZEROS, SELECTS, VIEWS, Place
+from gapfx.capture.opsets import (
+    EMBEDDING,
+    GEMM,
+    GEMM_MODULES,
+    KEEPS_FIRST,
+    KEEPS_ZEROS,
+    LIKE_FIRST,
+    LIKE_SECOND,
+    SELECTS,
+    VIEWS,
+    Place,
+)
 from gapfx.capture.values import call_boxed
 
 RANK: dict[ParameterRole, int] = {"unused": 0, "other": 1, "embedding": 2, "gemm": 3}
@@ -99,6 +110,8 @@ def _read_uses(read: fx.Node, canonical: Mapping[str, str], active: set[fx.Node]
     while todo:
         node = todo.pop()
         for user in node.users:
+            if is_template(node, user):
+                continue
             if is_transparent(node, user, active):
                 if user not in seen:
                     seen.add(user)
@@ -106,6 +119,12 @@ def _read_uses(read: fx.Node, canonical: Mapping[str, str], active: set[fx.Node]
                 continue
             role = consumer_role(node, user) if is_matrix else "other"
             yield user, Use(fqn, user.name, user_of(user), fn_of(user), role)
+
+
+def is_template(node: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` takes the shape or dtype of `node` and none of its values."""
+    fn, places = fn_of(user), argument_places(node, user)
+    return (fn in LIKE_FIRST and places <= {0, "input"}) or (fn in LIKE_SECOND and places <= {1, "other"})
 
 
 def is_transparent(node: fx.Node, user: fx.Node, active: set[fx.Node]) -> bool:
@@ -143,7 +162,7 @@ def argument_places(node: fx.Node, user: fx.Node) -> set[Place]:
 def fn_of(node: fx.Node) -> str:
     """Name of the op of a node; attribute reads are named after the attribute."""
     fn = node.meta.get("fn", node.op)
-    return str(node.args[1]) if fn == "getattr" else str(fn)
+    return str(node.args[1]) if node.target is getattr else str(fn)
 
 
 def user_of(node: fx.Node) -> str:

@@ -83,7 +83,7 @@ def is_importable(function: object) -> bool:
         return True
     home, _, attribute = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(home), attribute, None) is function
+        return getattr(importlib.import_module(home or "builtins"), attribute, None) is function
     except (ImportError, ValueError):
         return False
 
