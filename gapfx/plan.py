@@ -91,8 +91,8 @@ class Phase:
 class Plan:
     """Ordered groups, the target sparsity of each weight, what stays dense, and the phases of the run.
 
-    `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune;
-    `start_masks` "none" begins with every weight dense.
+    `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune.
+    Groups that the first phase grows are not masked before it.
     """
 
     groups: tuple[Group, ...]
@@ -170,13 +170,6 @@ class Plan:
                     )
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether the value is a number that a float can hold; JSON also has NaN, Infinity and integers of any size."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
 def _check_weights(plan: Plan, source: str) -> None:
     seen: dict[str, str] = {}
     for index, group in enumerate(plan.groups):
@@ -231,7 +224,8 @@ def _parse(kind: Any, data: Any, where: str) -> Any:
         if data not in args:
             raise PlanError(f"{data!r:.60} is not one of {', '.join(map(str, args))}", where=where)
         return data
-    if kind is float and is_finite_number(data):
+    is_number = isinstance(data, (int, float)) and not isinstance(data, bool)
+    if kind is float and is_number and abs(data) <= sys.float_info.max:  # false for NaN, Infinity and 10**400
         return float(data)
     if kind in (int, str) and isinstance(data, kind) and not isinstance(data, bool):
         return data

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from gapfx.errors import UserError
-from gapfx.plan import is_finite_number
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         if value == "auto":
             return value
         kind, value = int, int(value) if isinstance(value, str) and value.isdecimal() else value
-    if kind is float and is_finite_number(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
