@@ -28,7 +28,7 @@ def largest_miss(states: Sequence[WeightState]) -> str:
     misses = [
         (abs(state.sparsity - state.target), state.fqn)
         for state in states
-        if state.sparsity is not None and state.target is not None
+        if state.sparsity is not None and state.target is not None and not state.is_grown
     ]
     if not misses:
         return "not counted yet" if any(state.sparsity is None for state in states) else ""
@@ -67,7 +67,7 @@ def _row(state: WeightState, hue: float) -> Markup:
         place = percent(state.target)
         parts.append(tag("line", x1=place, x2=place, y1=0, y2=16, class_="target"))
     bar = tag("svg", *parts, width="100%", height=16, aria_hidden="true", style=hue_style(hue))
-    target = "" if state.target is None else f"target {format_share(state.target)}"
+    target = "dense now" if state.is_grown else "" if state.target is None else f"target {format_share(state.target)}"
     value = tag("span", format_share(state.sparsity), tag("small", target), class_="value")
     return tag("div", tag("span", state.fqn, class_="fqn"), bar, value, class_="bar-row")
 

@@ -7,12 +7,12 @@ import itertools
 from gapfx.quantities import format_number, format_share
 from gapfx.report.facts import best_of
 from gapfx.report.frame import MARKERS, Band, Frame, Tip, curve, draw, group_hue, hue_style, marker
-from gapfx.report.markup import Markup, join, tag
+from gapfx.report.markup import Markup, glued, join, tag
 from gapfx.report.read_run import Prune, Run, Span
 from gapfx.report.scale import Points, Scale, loss_scale, padded, smoothed, thinned
 
 MAX_TIPS = 300
-MAX_MARKERS = 60  # of one line: beyond that they hide it
+MAX_MARKERS = 30  # of one line: beyond that they hide it
 
 
 def loss_chart(run: Run) -> Markup | None:
@@ -58,7 +58,7 @@ def metric_chart(run: Run, name: str) -> Markup | None:
     step, best = best_of({int(step): value for step, value in points}, name)
     words = f"last {format_number(points[-1][1])}, best {format_number(best)} at step {step:,}"
     scale = padded([value for _, value in points])
-    frame = _frame(run, name[:1].upper() + name[1:], words, scale, 200, _tips(run, points, name))
+    frame = _frame(run, f"{name[:1].upper()}{name[1:]} at evaluation", words, scale, 200, _tips(run, points, name))
     dots = [marker(s, v, frame, 0, None, f"step {s:,}: {format_number(v)}") for s, v in points]
     crown = tag("g", marker(step, best, frame, 0, None, f"best: {format_number(best)} at step {step:,}"), class_="best")
     line = curve(thinned(points), frame, "line")
@@ -103,7 +103,7 @@ def explored_chart(run: Run) -> Markup | None:
 
 def figure(frame: Frame, unit: str, *content: Markup, legend: Markup | None = None) -> Markup:
     """A chart with its title, its words and the unit of its vertical axis."""
-    caption = tag("figcaption", tag("h3", frame.title), tag("p", frame.description))
+    caption = tag("figcaption", tag("h3", frame.title), tag("p", glued(frame.description)))
     return tag("figure", caption, legend or Markup(), tag("div", unit, class_="unit"), draw(frame, *content))
 
 

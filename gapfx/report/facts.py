@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gapfx.quantities import format_bytes, format_count, format_integer, format_number, format_seconds, format_share
-from gapfx.report.read_run import Run, number, record
+from gapfx.report.read_run import Run, Span, number, record
 
 METHODS = {
     "gap": "grow-and-prune",
@@ -33,7 +33,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class WeightState:
-    """One planned weight as it is now; `kept` is None while nobody has counted."""
+    """One planned weight as it is now; `kept` is None while nobody has counted.
+
+    `is_grown`: dense for the moment, in a run that is not finished.
+    """
 
     fqn: str
     group: str
@@ -41,6 +44,7 @@ class WeightState:
     kept: int | None
     shape: tuple[int, ...] | None = None
     target: float | None = None
+    is_grown: bool = False
 
     @property
     def sparsity(self) -> float | None:
@@ -51,7 +55,7 @@ class WeightState:
 def weight_states(run: Run) -> tuple[WeightState, ...]:
     """Every planned weight in the plan's order: from the summary, else from the prunes so far."""
     counted = {fqn: record(facts) for fqn, facts in record((run.summary or {}).get("per_weight")).items()}
-    kept = _kept_so_far(run)
+    kept, grown = _kept_so_far(run), _grown_now(run)
     if run.plan is None:
         return tuple(
             WeightState(fqn, str(facts.get("group", "")), _int(facts, "numel") or 0, _int(facts, "kept"))
@@ -65,6 +69,7 @@ def weight_states(run: Run) -> tuple[WeightState, ...]:
             _int(counted.get(weight.fqn, {}), "kept") if run.is_finished else kept.get(weight.fqn),
             weight.shape,
             weight.sparsity,
+            group.name in grown,
         )
         for group in run.plan.groups
         for weight in group.weights
@@ -92,11 +97,11 @@ def best_of(values: Mapping[int, float], name: str) -> tuple[int, float]:
 def story(run: Run) -> str:
     """One or two sentences: how it was trained, how long, on what."""
     method = str(run.fact("method") or (run.plan.method if run.plan else "unknown"))
-    num_rounds = len({span.round for span in run.spans if span.grow and span.prune})
+    turns = [span.round for span in run.spans if span.grow and span.prune]
     parts = [f"Method: {METHODS.get(method, method)}"]
-    if num_rounds:
+    if len(turns) > 1:
         num_groups = len(run.group_names)
-        parts[0] += f", {_plural(num_rounds, 'round')} over {_plural(num_groups, 'group')}"
+        parts[0] += f", {_plural(len(set(turns)), 'round')} over {_plural(num_groups, 'group')}"
     parts.append(f"{format_integer(run.num_steps)} optimizer steps" + _duration(run) + _machines(run))
     if run.num_resumes:
         parts.append("Resumed once" if run.num_resumes == 1 else f"Resumed {run.num_resumes} times")
@@ -120,8 +125,8 @@ def state_line(run: Run) -> str:
     if run.is_finished:
         return ""
     where = f"step {run.last_step:,}" + (f" of {run.num_steps:,}" if run.num_steps else "")
-    share = f" ({run.last_step / run.num_steps:.0%})" if run.num_steps else ""
-    span = next((span for span in run.spans if span.start <= run.last_step < span.stop), None)
+    share = f" ({100 * run.last_step / run.num_steps:.0f} %)" if run.num_steps else ""
+    span = _current_span(run)
     return f"{where}{share}" + (f", in phase \u201c{span.name}\u201d" if span else "")
 
 
@@ -172,11 +177,18 @@ def _size_fact(run: Run) -> Fact:
 def _kept_so_far(run: Run) -> dict[str, int]:
     """FQN -> live weights now, for an unfinished run: grown groups are whole, others as their last prune left them."""
     kept = {weight.fqn: weight.kept for prune in run.prunes for weight in prune.weights}
-    current = next((span for span in run.spans if span.start <= run.last_step < span.stop), None)
-    if run.plan is not None and current is not None:
-        grown = [group for group in run.plan.groups if group.name in current.grow]
-        kept |= {weight.fqn: weight.numel for group in grown for weight in group.weights}
-    return kept
+    grown = [group for group in run.plan.groups if group.name in _grown_now(run)] if run.plan else []
+    return kept | {weight.fqn: weight.numel for group in grown for weight in group.weights}
+
+
+def _grown_now(run: Run) -> tuple[str, ...]:
+    """Groups that are dense at the last step of an unfinished run."""
+    current = None if run.is_finished else _current_span(run)
+    return current.grow if current else ()
+
+
+def _current_span(run: Run) -> Span | None:
+    return next((span for span in run.spans if span.start <= run.last_step < span.stop), None)
 
 
 def _duration(run: Run) -> str:

@@ -1,7 +1,7 @@
 """The frame of a chart: axes, grid, and bands with names, drawn in percent so that it fits any width without scripts.
 
-Widths are percentages and heights are pixels, so text keeps its size on a phone. Labels come in two sets, for a wide
-and for a narrow plot; the style sheet shows the one that fits.
+Widths are percentages and heights are pixels, so text keeps its size on a phone. Labels come in three sets, each for
+a width of the plot; the style sheet shows the one that fits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from gapfx.report.markup import Markup, join, percent, tag
 from gapfx.report.scale import Points, Scale, log_labels, tick_labels, ticks
@@ -18,7 +17,7 @@ from gapfx.report.scale import Points, Scale, log_labels, tick_labels, ticks
 TIER_HEIGHT = 20  # pixels of one row of names above the plot
 FOOT_HEIGHT = 38  # pixels for the ticks and the name of the horizontal axis
 CHAR_WIDTH = 6.4  # pixels, of the small text
-WIDTHS: tuple[tuple[Literal["wide", "narrow"], int], ...] = (("wide", 620), ("narrow", 270))
+WIDTHS = (("full", 840), ("wide", 500), ("narrow", 250))  # pixels of the plot at least, as in the style sheet
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "M-3.6-3.6h7.2v7.2h-7.2z",
@@ -122,9 +121,12 @@ def hue_style(hue: float | None) -> str | None:
     return None if hue is None else f"--h:{hue:.0f}"
 
 
-def in_both_widths(draw_one: Callable[[int], Sequence[Markup]]) -> Markup:
+def in_every_width(draw_one: Callable[[int], Sequence[Markup]]) -> Markup:
     """What `draw_one(pixels)` draws, once for each width; the style sheet shows one of them."""
-    return join(tag("g", *draw_one(pixels), class_=name) for name, pixels in WIDTHS)
+    drawn = [(name, join(draw_one(pixels))) for name, pixels in WIDTHS]
+    if len({content for _, content in drawn}) == 1:
+        return drawn[0][1]
+    return join(tag("g", content, class_=name) for name, content in drawn if content)
 
 
 def fitting(names: Sequence[str], pixels: float) -> str:
@@ -134,7 +136,7 @@ def fitting(names: Sequence[str], pixels: float) -> str:
 
 def steps_axis(frame_x: Scale, pixels: int, y: int) -> list[Markup]:
     """Tick labels of a horizontal axis, as many as `pixels` have room for."""
-    values = ticks(frame_x, max(2, pixels // 75))
+    values = ticks(frame_x, min(10, pixels // 62))
     whole = [value for value in values if value == math.floor(value)]
     return [
         tag("text", label, x=percent(frame_x.at(value)), y=y, class_="tick middle")
@@ -166,7 +168,7 @@ def _chip(band: Band, frame: Frame, top: int, kind: str) -> Markup:
 
     kind += "" if band.hue is not None else " plain"
     return tag(
-        "g", tag("title", band.title or band.name), shape, in_both_widths(label), class_=kind, style=hue_style(band.hue)
+        "g", tag("title", band.title or band.name), shape, in_every_width(label), class_=kind, style=hue_style(band.hue)
     )
 
 
@@ -196,7 +198,7 @@ def _grid(frame: Frame) -> Markup:
         rows.append(tag("line", x1="0%", x2="100%", y1=round(y, 1), y2=round(y, 1), class_="grid"))
         rows.append(tag("text", label, x=-8, y=round(y + 4, 1), class_="tick end"))
     rows.append(tag("line", x1="0%", x2="100%", y1=frame.height, y2=frame.height, class_="axis"))
-    rows.append(in_both_widths(lambda pixels: steps_axis(frame.x, pixels, frame.height + 17)))
+    rows.append(in_every_width(lambda pixels: steps_axis(frame.x, pixels, frame.height + 17)))
     rows.append(tag("text", frame.x_name, x="100%", y=frame.height + 33, class_="axis-name end"))
     return join(rows)
 

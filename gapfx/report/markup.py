@@ -32,6 +32,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3f}".rstrip("0").rstrip(".") + "%"
 
 
+def glued(text: str) -> str:
+    """The text with numbers that no line break parts from their units."""
+    return re.sub(r"(?<=\d) (?=%|(?:[dhskMGT]|min|[KMGT]iB)\b)", "\u00a0", text)
+
+
 def _attribute(key: str, value: Attribute) -> str:
     if value is None or value is False:
         return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from gapfx.report.bars import sparsity_chart
 from gapfx.report.curves import changed_chart, explored_chart, loss_chart, lr_chart, metric_chart
 from gapfx.report.facts import Fact, WeightState, headline, metric_names, state_line, story, weight_states
-from gapfx.report.markup import Markup, join, tag
+from gapfx.report.markup import Markup, glued, join, tag
 from gapfx.report.read_run import Run, number, read_run
 from gapfx.report.tables import (
     dense_table,
@@ -73,7 +73,7 @@ def _header(run: Run) -> Markup:
         "header",
         tag("p", "gapfx run", tag("span", when), class_="over"),
         tag("h1", _name(run)),
-        tag("p", story(run), class_="story"),
+        tag("p", glued(story(run)), class_="story"),
         _banner(run),
         tag("div", *(_fact(fact) for fact in headline(run)), class_="facts"),
     )
@@ -91,7 +91,7 @@ def _banner(run: Run) -> Markup:
 def _fact(fact: Fact) -> Markup:
     number_part, _, unit = fact.value.partition(" ")
     value = tag("p", number_part, tag("span", f" {unit}") if unit else "", class_="value")
-    return tag("div", tag("h2", fact.label), value, tag("p", fact.detail, class_="detail"), class_="fact")
+    return tag("div", tag("h2", fact.label), value, tag("p", glued(fact.detail), class_="detail"), class_="fact")
 
 
 def _section(title: str, anchor: str, *parts: Markup | None) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def tick_labels(values: Sequence[float]) -> tuple[str, ...]:
     if gap < 1e-4 or max(map(abs, values)) >= 1e7:
         return tuple(f"{value:.3g}" for value in values)
     decimals = next(d for d in range(7) if abs(gap * 10**d - round(gap * 10**d)) < 1e-6 * 10**d * gap or d == 6)
-    return tuple(f"{value:,.{decimals}f}" for value in values)
+    return tuple(f"{value:,.{decimals}f}" if value else "0" for value in values)
 
 
 def log_labels(values: Sequence[float]) -> tuple[str, ...]:
@@ -82,16 +83,15 @@ def thinned(points: Points, limit: int = 600) -> Points:
 
 
 def smoothed(points: Points, boundaries: Sequence[float]) -> Points:
-    """Exponential average over about 2 % of the points that starts anew at each boundary (a phase start)."""
-    weight, value, result = 1 / max(1.0, 0.02 * len(points)), math.nan, list[tuple[float, float]]()
-    upcoming = sorted(boundaries, reverse=True)
-    for step, raw in points:
-        is_new = math.isnan(value)
-        while upcoming and upcoming[-1] < step:
-            upcoming.pop()
-            is_new = True
-        value = raw if is_new else value + weight * (raw - value)
-        result.append((step, value))
+    """Mean of the nearest 3 % of the points that lie in the same phase; a phase starts after each of `boundaries`."""
+    reach, edges = max(1, round(0.015 * len(points))), sorted(boundaries)
+    phases = [list(members) for _, members in itertools.groupby(points, key=lambda p: bisect.bisect_left(edges, p[0]))]
+    result: list[tuple[float, float]] = []
+    for members in phases:
+        sums = list(itertools.accumulate((value for _, value in members), initial=0.0))
+        for index, (step, _) in enumerate(members):
+            near = min(reach, index, len(members) - 1 - index)  # symmetric, so that a slope is not shifted
+            result.append((step, (sums[index + near + 1] - sums[index - near]) / (2 * near + 1)))
     return tuple(result)
 
 

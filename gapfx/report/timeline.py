@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from gapfx.quantities import format_count, format_share
-from gapfx.report.frame import fitting, group_hue, hue_style, in_both_widths, steps_axis
-from gapfx.report.markup import Markup, join, percent, tag
+from gapfx.report.frame import fitting, group_hue, hue_style, in_every_width, steps_axis
+from gapfx.report.markup import Markup, glued, join, percent, tag
 from gapfx.report.read_run import Run, Span
 from gapfx.report.scale import Scale
 
 MAX_TALL_ROWS = 16  # more groups get low rows without a line of text each
-LIVE_HEIGHT = 56
+LIVE_HEIGHT = 36
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def timeline(run: Run) -> Markup | None:
         parts.append(tag("g", live, transform=f"translate(0 {bottom})"))
         bottom += LIVE_HEIGHT + 24
     parts.append(tag("line", x1="0%", x2="100%", y1=bottom, y2=bottom, class_="axis"))
-    parts.append(in_both_widths(lambda pixels: steps_axis(x, pixels, bottom + 17)))
+    parts.append(in_every_width(lambda pixels: steps_axis(x, pixels, bottom + 17)))
     parts.append(tag("text", "optimizer step", x="100%", y=bottom + 33, class_="axis-name end"))
     if not run.is_finished and run.last_step:
         parts.append(_now(run, x, bottom))
@@ -57,7 +56,7 @@ def timeline(run: Run) -> Markup | None:
         height=bottom + 40,
         class_="plot",
     )
-    caption = tag("figcaption", tag("h3", "Which group is dense when"), tag("p", _words(run)))
+    caption = tag("figcaption", tag("h3", "Which group is dense when"), tag("p", glued(_words(run))))
     return tag("figure", caption, _legend(run), tag("div", svg, class_="frame flush"))
 
 
@@ -129,9 +128,12 @@ def _live_row(run: Run, x: Scale) -> Markup | None:
     known = [(span, share) for span, share in shares if share is not None]
     if not known:
         return None
-    parts = [tag("text", "planned weights live", x=0, y=11, class_="row-name quiet")]
+    parts = [
+        tag("text", "planned weights live, of all", x=0, y=11, class_="row-name quiet"),
+        tag("rect", x=0, y=16, width="100%", height=LIVE_HEIGHT, class_="track"),
+    ]
     for span, share in known:
-        width, height = x.at(span.stop) - x.at(span.start), share * (LIVE_HEIGHT - 20)
+        width, height = x.at(span.stop) - x.at(span.start), share * LIVE_HEIGHT
         top = 16 + LIVE_HEIGHT - height
         title = tag("title", f"{span.name}: {format_share(share)} live")
         kind = "live" if run.is_finished or span.start < run.last_step else "live future"
@@ -147,7 +149,7 @@ def _live_row(run: Run, x: Scale) -> Markup | None:
             )
         )
         parts.append(
-            in_both_widths(lambda pixels, s=span, v=share, w=width, t=top: _live_label(s, v, w * pixels, t, x))
+            in_every_width(lambda pixels, s=span, v=share, w=width, t=top: _live_label(s, v, w * pixels, t, x))
         )
     return join(parts)
 
@@ -155,7 +157,15 @@ def _live_row(run: Run, x: Scale) -> Markup | None:
 def _live_label(span: Span, share: float, pixels: float, top: float, x: Scale) -> list[Markup]:
     text = fitting((format_share(share), f"{100 * share:.0f}"), pixels)
     return (
-        [tag("text", text, x=percent(x.at((span.start + span.stop) / 2)), y=f"{top - 4:.1f}", class_="tick middle")]
+        [
+            tag(
+                "text",
+                text,
+                x=percent(x.at((span.start + span.stop) / 2)),
+                y=f"{max(top - 4, 29):.1f}",
+                class_="live-name middle",
+            )
+        ]
         if text
         else []
     )
@@ -192,14 +202,11 @@ def _group_detail(run: Run, name: str) -> str:
 
 
 def _words(run: Run) -> str:
-    num_prunes = sum(len(span.prune) for span in run.spans)
-    runs = [span.grow for span in run.spans]
-    most = max((len(grow) for grow in runs), default=0)
+    num_prunes = sum(bool(span.prune) for span in run.spans)
+    most = max((len(span.grow) for span in run.spans), default=0)
     if most == 0:
         return "no group is ever dense: the masks are fixed from the first step"
     if num_prunes == 0:
         return "never pruned"
-    changes = sum(1 for _ in itertools.groupby(run.spans, key=lambda span: span.grow))
-    return (
-        f"{num_prunes} prunes over {changes} stretches; at most {most} of {len(run.group_names)} groups dense at once"
-    )
+    dense = "all groups are" if most == len(run.group_names) else f"at most {most} of {len(run.group_names)} groups is"
+    return f"{num_prunes} prune{'s' if num_prunes != 1 else ''}; {dense} dense at once"
