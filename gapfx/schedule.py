@@ -63,7 +63,7 @@ def gap(budget: Budget, num_groups: int) -> Schedule:
 def dense(budget: Budget, num_groups: int) -> Schedule:
     """Every group dense from the first step to the last: the control that all sparse results are held against."""
     phase = Phase("dense", 0, _total_steps(budget, num_groups), grow=tuple(range(num_groups)))
-    return Schedule((phase,), start_masks="none")
+    return Schedule((phase,))
 
 
 @SCHEDULES.register("static")
@@ -78,7 +78,7 @@ def oneshot(budget: Budget, num_groups: int) -> Schedule:
     everything, stop = tuple(range(num_groups)), _growing_steps(budget, num_groups)
     if not budget.finetune_steps:
         raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
-    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)), start_masks="none")
+    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))
 
 
 def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:

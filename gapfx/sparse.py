@@ -105,7 +105,7 @@ def _partition(options: CompileOptions, unit: Unit) -> Partition:
 
 def _check_rules(plan: Plan) -> None:
     """Names in a plan that was edited by hand are found wrong now, not at the first prune."""
-    for name in (plan.criterion, *(() if plan.start_masks == "none" else (plan.start_masks,))):
+    for name in (plan.criterion, plan.start_masks):
         CRITERIA[name]
     for weight in plan.weights():
         refusal = parse_pattern(weight.pattern).refusal(weight.shape)

@@ -55,12 +55,14 @@ class PrunedWeight:
 
 
 def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
-    """Mask every planned weight at its target sparsity by `plan.start_masks`; masked weights become 0.
+    """Mask planned weights at their target sparsity by `plan.start_masks`; masked weights become 0.
 
-    With "none" all weights are kept as they were initialised: a dense start that a mask would have spoiled.
+    Groups that the first phase grows start dense, as they were initialised: a mask would have zeroed them.
     """
+    is_dense = set(plan.phases[0].grow if plan.phases else ())
+    group_of = plan.group_of()
     for index, weight in enumerate(plan.weights()):
-        if plan.start_masks == "none":
+        if group_of[weight.fqn] in is_dense:
             mask = torch.ones(weight.shape, dtype=torch.bool)
         else:
             mask = _new_mask(state, weight, plan.start_masks, generator(seed, 0, index))

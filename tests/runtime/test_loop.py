@@ -49,7 +49,7 @@ def test_each_phase_changes_only_the_masks_of_its_group(tmp_path: Path) -> None:
     assert set(moved) == set(range(len(plan.groups)))
 
 
-def test_grown_weights_start_at_zero_and_are_all_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_group_starts_as_initialised_and_later_ones_grow_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
     enter = loop._enter  # pyright: ignore[reportPrivateUsage]
 
@@ -65,8 +65,15 @@ def test_grown_weights_start_at_zero_and_are_all_trained(tmp_path: Path, monkeyp
         for group in plan.phases[index].grow:
             for weight in plan.groups[group].weights:
                 new = ~unpack(old_bits[weight.fqn], weight.shape)
-                assert new.sum() == round(weight.numel * weight.sparsity)
+                assert new.sum() == (round(weight.numel * weight.sparsity) if index else 0)
                 assert values[weight.fqn][new].count_nonzero() == 0
+    first = values_at_start(plan, seen)
+    assert all(value.count_nonzero() == value.numel() for value in first)
+
+
+def values_at_start(plan: Plan, seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> list[Tensor]:
+    """Weights of the first group when the first phase began."""
+    return [seen[0][2][weight.fqn] for weight in plan.groups[0].weights]
 
 
 def test_the_exported_model_has_exact_zeros_and_the_reported_metric(tmp_path: Path) -> None:
