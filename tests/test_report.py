@@ -140,7 +140,7 @@ def write_run(path: Path, plan: Plan, *, until: int | None = None) -> Path:
 class Page(HTMLParser):
     """A strict reader: counts tags, checks that they close, collects text and links to elsewhere."""
 
-    VOID = frozenset({"meta"})
+    VOID = frozenset({"meta", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -158,6 +158,8 @@ class Page(HTMLParser):
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in self.VOID:
             self.open.append(tag)
+        elif tag == "wbr":
+            self.words[-1] += "\u200b"
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -168,7 +170,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.words).replace("\u200b ", "").split())
 
 
 def read(path: Path) -> tuple[str, Page]:

@@ -9,7 +9,7 @@ from gapfx.quantities import format_share
 from gapfx.report.curves import figure
 from gapfx.report.facts import WeightState
 from gapfx.report.frame import Band, Frame, group_hue, hue_style
-from gapfx.report.markup import Markup, percent, tag
+from gapfx.report.markup import Markup, breakable, percent, tag
 from gapfx.report.scale import Scale
 
 MAX_ROWS = 32
@@ -69,7 +69,7 @@ def _row(state: WeightState, hue: float) -> Markup:
     bar = tag("svg", *parts, width="100%", height=16, aria_hidden="true", style=hue_style(hue))
     target = "dense now" if state.is_grown else "" if state.target is None else f"target {format_share(state.target)}"
     value = tag("span", format_share(state.sparsity), tag("small", target), class_="value")
-    return tag("div", tag("span", state.fqn, class_="fqn"), bar, value, class_="bar-row")
+    return tag("div", tag("span", breakable(state.fqn), class_="fqn"), bar, value, class_="bar-row")
 
 
 def _columns(states: Sequence[WeightState], group_names: tuple[str, ...]) -> Markup:
@@ -83,7 +83,7 @@ def _columns(states: Sequence[WeightState], group_names: tuple[str, ...]) -> Mar
         start = stop
     frame = Frame(
         TITLE,
-        f"column: actual, dark line: target; {largest_miss(states)}",
+        f"column: actual, line across it: target; {largest_miss(states)}",
         Scale(0.0, float(len(states))),
         Scale(0.0, 1.0),
         200,

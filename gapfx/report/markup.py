@@ -32,6 +32,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3f}".rstrip("0").rstrip(".") + "%"
 
 
+def breakable(fqn: str) -> Markup:
+    """A dotted path that may break a line after its dots."""
+    return Markup("<wbr>".join(join((part,)) for part in re.split(r"(?<=\.)", fqn)))
+
+
 def glued(text: str) -> str:
     """The text with numbers that no line break parts from their units."""
     return re.sub(r"(?<=\d) (?=%|(?:[dhskMGT]|min|[KMGT]iB)\b)", "\u00a0", text)

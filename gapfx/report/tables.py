@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from gapfx.quantities import format_bytes, format_integer, format_number, format_seconds, format_share
 from gapfx.report.curves import legend_mark
 from gapfx.report.facts import WeightState, file_sizes, seconds_so_far
-from gapfx.report.markup import Markup, join, tag
+from gapfx.report.markup import Markup, breakable, join, tag
 from gapfx.report.read_run import Prune, Run, number, record
 
 MAX_DENSE_ROWS = 400
@@ -51,7 +51,7 @@ def dense_table(run: Run) -> Markup | None:
     rows = [
         tag(
             "tr",
-            tag("td", weight.fqn, class_="fqn"),
+            tag("td", breakable(weight.fqn), class_="fqn"),
             tag("td", _shape(weight.shape), class_="wide-cell"),
             tag("td", weight.reason),
         )
@@ -115,7 +115,7 @@ def _group_body(group: str, members: Sequence[WeightState], group_names: tuple[s
     rows = [
         tag(
             "tr",
-            tag("td", state.fqn, class_="fqn"),
+            tag("td", breakable(state.fqn), class_="fqn"),
             tag("td", _shape(state.shape), class_="wide-cell"),
             *_counts(state.numel, state.kept),
         )
