@@ -201,6 +201,19 @@ def test_the_headline_has_metric_sparsity_and_size(tmp_path: Path) -> None:
     assert "not finished" not in page.text
 
 
+def test_the_best_value_is_one_of_the_sparse_model(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", make_plan())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "eval" and line["step"] == 200:  # a group is dense here
+            line["metrics"]["accuracy"] = 0.99
+        if line["event"] == "eval" and line["step"] == 450:
+            line["metrics"]["accuracy"] = 0.98
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, page = read(write_report(run))
+    assert "best while sparse 0.98, at step 450" in page.text
+
+
 def test_every_chart_and_table_of_a_gap_run_is_there(tmp_path: Path) -> None:
     plan = make_plan()
     _, page = read(write_report(write_run(tmp_path / "run", plan)))

@@ -55,14 +55,20 @@ def metric_chart(run: Run, name: str) -> Markup | None:
     points: Points = tuple((e.step, e.metrics[name]) for e in run.evaluations if name in e.metrics)
     if not points:
         return None
-    step, best = best_of({int(step): value for step, value in points}, name)
-    words = f"last {format_number(points[-1][1])}, best {format_number(best)} at step {step:,}"
+    best = best_of(run, name)
+    words = f"last {format_number(points[-1][1])}" + (
+        f"; best while sparse {format_number(best[1])}, at step {best[0]:,}, ringed" if best else ""
+    )
     scale = padded([value for _, value in points])
     frame = _frame(run, f"{name[:1].upper()}{name[1:]} at evaluation", words, scale, 200, _tips(run, points, name))
     dots = [marker(s, v, frame, 0, None, f"step {s:,}: {format_number(v)}") for s, v in points]
-    crown = tag("g", marker(step, best, frame, 0, None, f"best: {format_number(best)} at step {step:,}"), class_="best")
+    crown = (
+        [tag("g", marker(*best, frame, 0, None, f"best while sparse: {format_number(best[1])}"), class_="best")]
+        if best
+        else []
+    )
     line = curve(thinned(points), frame, "line")
-    return figure(frame, name, line, *(dots if len(dots) <= MAX_MARKERS else ()), crown)
+    return figure(frame, name, line, *(dots if len(dots) <= MAX_MARKERS else ()), *crown)
 
 
 def changed_chart(run: Run) -> Markup | None:

@@ -88,10 +88,19 @@ def metric_names(run: Run) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: "loss" in name.lower()))
 
 
-def best_of(values: Mapping[int, float], name: str) -> tuple[int, float]:
-    """Step and value of the best one; metrics named like a loss or an error are better when lower."""
+def best_of(run: Run, name: str) -> tuple[int, float] | None:
+    """Step and value of the best evaluation while every group was sparse; None for an unfinished run.
+
+    A value from when a group was dense says nothing of the sparse model. Metrics named like a loss or an error are
+    better when lower.
+    """
+    if not run.is_finished:
+        return None
+    measured = [e for e in run.evaluations if name in e.metrics]
+    sparsest = max((e.sparsity for e in measured if e.sparsity is not None), default=None)
+    values = [(e.step, e.metrics[name]) for e in measured if sparsest is None or e.sparsity == sparsest]
     pick = min if any(word in name.lower() for word in FALLING) else max
-    return pick(values.items(), key=lambda item: item[1])
+    return pick(values, key=lambda item: item[1], default=None)
 
 
 def story(run: Run) -> str:
@@ -142,12 +151,10 @@ def _metric_fact(run: Run) -> Fact:
     final = number(record(summary_metrics.get("final")).get(name))
     if final is None and values:
         final = list(values.values())[-1]
-    if values:
-        step, best = best_of(values, name)
-        detail = f"best {format_number(best)} at step {step:,}"
-    else:
-        best = number(record(summary_metrics.get("best")).get(name))
-        detail = f"best {format_number(best)}" if best is not None else ""
+    best = best_of(run, name)
+    detail = f"best while sparse {format_number(best[1])}, at step {best[0]:,}" if best else ""
+    if not run.is_finished and values:
+        detail = f"at step {max(values):,}"
     return Fact(f"{'Final' if run.is_finished else 'Latest'} {name}", format_number(final), detail)
 
 
