@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+import gapfx.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from gapfx.capture import Capture, capture
 
 
@@ -160,3 +161,19 @@ def test_uses_come_in_execution_order() -> None:
     places = [order[use.node] for use in found.uses]
     assert places == sorted(places)
     assert len(places) == 6
+
+
+def test_generated_forwards_and_masked_weights_are_recorded() -> None:
+    graph = fx.Tracer().trace(nn.Linear(4, 4))
+    weight = next(node for node in graph.nodes if node.target == "weight")
+    with graph.inserting_after(weight):
+        bits = graph.get_attr("bits")
+    with graph.inserting_after(bits):
+        masked = graph.call_function(torch.ops.gapfx.mask.default, (weight, bits))
+    weight.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
+    linear = nn.Linear(4, 4)
+    linear.register_buffer("bits", torch.full((2,), 255, dtype=torch.uint8))
+    found = recorded(nn.Sequential(fx.GraphModule(linear, graph)), torch.randn(2, 4))
+    assert [(use.fqn, use.fn, use.role) for use in found.uses if use.fqn == "0.weight"] == [
+        ("0.weight", "linear", "gemm")
+    ]

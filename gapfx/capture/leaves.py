@@ -36,7 +36,7 @@ def is_leaf(module: nn.Module, known: set[int]) -> bool:
     if is_script(module):
         return True
     forward = getattr(type(module), "forward", None)
-    if isinstance(module, CONTAINERS) or not getattr(forward, "__module__", "").startswith("torch.nn.modules"):
+    if isinstance(module, CONTAINERS) or not str(getattr(forward, "__module__", "")).startswith("torch.nn.modules"):
         return False
     if any(True for _ in module.children()) and not isinstance(module, WITH_CHILDREN):
         return False

@@ -20,8 +20,7 @@ GEMM: dict[str, frozenset[Place]] = {
     **dict.fromkeys(_CONVOLUTIONS | {"linear", "convolution"}, frozenset[Place]({0, 2, "input", "bias"})),
     **dict.fromkeys(_words("addmm addbmm baddbmm addmv"), frozenset[Place]({0, "input"})),
     "bilinear": frozenset({0, 1, 3, "input1", "input2", "bias"}),
-    "deform_conv2d": frozenset({0, 1, 3, 4, "input", "offset", "bias", "mask"}),
-    "torchvision.deform_conv2d": frozenset({0, 2, 3, 4}),
+    "deform_conv2d": frozenset({0, 2, 3, 4}),
     "multi_head_attention_forward": frozenset({0, 1, 2, "query", "key", "value", 7, 8, "bias_k", "bias_v"}),
     "_transformer_encoder_layer_fwd": frozenset({0, "src"}),
 }
@@ -37,7 +36,7 @@ VIEWS = _words("""
     to type type_as float half bfloat16 double data clone contiguous detach alias identity
 """)
 # Element by element, zero stays zero. Sizes must agree: a broadcast factor is a scale, not a weight.
-KEEPS_ZEROS = _words("mul neg abs dropout mask gapfx.mask")
+KEEPS_ZEROS = _words("mul neg abs dropout mask")
 # Zeros of the first argument stay; the others are divisors, gains, indices.
 KEEPS_FIRST = _words("div truediv normalize _weight_norm _weight_norm_interface")
 # The other arguments only choose among the values of the first.

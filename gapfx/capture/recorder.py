@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -195,6 +196,8 @@ def function_name(function: Any) -> str:
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
         return owner.__name__
     name = str(getattr(function, "__name__", function))
+    if isinstance(function, OpOverload):
+        name = name.partition(".")[0]
     dunder = DUNDER.fullmatch(name)
     if dunder:
         return dunder["op"]
