@@ -52,7 +52,7 @@ PATTERNS: Registry[PatternParser] = Registry("pattern")
 
 def kept_count(numel: int, sparsity: float) -> int:
     """Nearest whole number of kept items, at least one: a layer without any live weight blocks all signal."""
-    return max(1, numel - round(numel * sparsity))
+    return min(numel, max(1, numel - round(numel * sparsity)))
 
 
 def top_mask(score: Tensor, num_kept: int) -> Tensor:

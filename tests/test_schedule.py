@@ -1,0 +1,122 @@
+"""Phase tables: they tile the steps, and each method grows and prunes what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gapfx.errors import UserError
+from gapfx.plan import Group, Phase, Plan, Weight
+from gapfx.schedule import SCHEDULES, Budget, phase_at, with_schedule
+from gapfx.text import format_phases
+
+BUDGETS = st.builds(
+    Budget,
+    rounds=st.integers(1, 4),
+    phase_steps=st.integers(1, 50),
+    finetune_steps=st.integers(1, 60),
+    state=st.sampled_from(["reset", "carry"]),
+)
+
+
+def plan_of(num_groups: int) -> Plan:
+    return Plan(tuple(Group(f"g{i}", (Weight(f"layer{i}.weight", (4, 5), 0.8),)) for i in range(num_groups)))
+
+
+@given(BUDGETS, st.integers(1, 6), st.sampled_from(list(SCHEDULES)))
+def test_phases_tile_the_steps_for_every_method(budget: Budget, num_groups: int, method: str) -> None:
+    plan = with_schedule(plan_of(num_groups), method, budget)
+    plan.validate()
+    assert plan.method == method
+    assert Plan.from_json(plan.to_json()) == plan
+    covered = [step for phase in plan.phases for step in range(phase.start, phase.stop)]
+    assert covered == list(range(plan.num_steps))
+    assert [phase_at(plan, step) for step in covered] == [
+        index for index, phase in enumerate(plan.phases) for _ in range(phase.num_steps)
+    ]
+
+
+@given(BUDGETS, st.integers(1, 6))
+def test_one_budget_is_the_same_number_of_steps_for_all_methods(budget: Budget, num_groups: int) -> None:
+    totals = {with_schedule(plan_of(num_groups), method, budget).num_steps for method in SCHEDULES}
+    assert totals == {budget.rounds * num_groups * budget.phase_steps + budget.finetune_steps}
+
+
+@given(BUDGETS, st.integers(1, 6), st.booleans())
+def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order(
+    budget: Budget, num_groups: int, has_finetune: bool
+) -> None:
+    budget = budget if has_finetune else dataclasses.replace(budget, finetune_steps=0)
+    phases = with_schedule(plan_of(num_groups), "gap", budget).phases
+    growing = [phase for phase in phases if phase.grow]
+    assert [phase.grow for phase in growing] == [(group,) for group in range(num_groups)] * budget.rounds
+    assert [phase.round for phase in growing] == [turn for turn in range(budget.rounds) for _ in range(num_groups)]
+    assert all(phase.prune == phase.grow for phase in growing)
+    assert {phase.num_steps for phase in growing} == {budget.phase_steps}
+    assert {phase.state for phase in phases} == {budget.state}
+    assert [(phase.name, phase.num_steps, phase.prune) for phase in phases if not phase.grow] == (
+        [("fine-tune", budget.finetune_steps, ())] if has_finetune else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "grown", "pruned"),
+    [
+        ("gap", [(0,), (1,), ()], [(0,), (1,), ()]),
+        ("dense", [(0, 1)], [()]),
+        ("static", [()], [()]),
+        ("oneshot", [(0, 1), ()], [(0, 1), ()]),
+    ],
+)
+def test_each_method_grows_and_prunes_as_it_says(
+    method: str, grown: list[tuple[int, ...]], pruned: list[tuple[int, ...]]
+) -> None:
+    plan = with_schedule(plan_of(2), method, Budget(1, 5, 3))
+    assert plan.start_masks == "random"
+    assert [phase.grow for phase in plan.phases] == grown
+    assert [phase.prune for phase in plan.phases] == pruned
+
+
+@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot"])
+def test_phase_tables_read_like_the_golden_ones(method: str, golden: Callable[[str, str], None]) -> None:
+    plan = with_schedule(plan_of(3), method, Budget(rounds=2, phase_steps=500, finetune_steps=1000))
+    golden(f"schedule_{method}", format_phases(plan))
+
+
+def test_what_the_plan_held_before_stays() -> None:
+    plan = dataclasses.replace(plan_of(2), criterion="random", sparsity=0.8, phases=(Phase("old", 0, 7),))
+    made = with_schedule(plan, "gap", Budget(1, 5, 3))
+    assert dataclasses.replace(made, phases=plan.phases) == plan
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "message"),
+    [
+        ("gap", Budget(0, 1, 1), "no schedule of 0 rounds, 1 steps a phase, 1 steps of fine-tuning"),
+        ("gap", Budget(1, 0, 1), "--rounds and --phase-epochs must be positive"),
+        ("static", Budget(1, 1, -1), "-1 steps of fine-tuning"),
+        ("oneshot", Budget(1, 1, 0), "oneshot needs a fine-tune after its prune"),
+        ("gapp", Budget(1, 1, 1), "unknown method 'gapp'\n  to do: did you mean 'gap'?"),
+    ],
+)
+def test_a_budget_or_method_that_gives_no_run_is_refused(method: str, budget: Budget, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        with_schedule(plan_of(2), method, budget)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", list(SCHEDULES))
+def test_a_plan_without_groups_has_no_schedule(method: str) -> None:
+    with pytest.raises(UserError, match="the plan has no groups"):
+        with_schedule(Plan(()), method, Budget(1, 1, 1))
+
+
+@pytest.mark.parametrize("step", [-1, 13, 1000])
+def test_a_step_outside_of_the_run_is_in_no_phase(step: int) -> None:
+    plan = with_schedule(plan_of(2), "gap", Budget(1, 5, 3))
+    with pytest.raises(IndexError, match=r"in no phase of \[0, 13\)"):
+        phase_at(plan, step)
