@@ -16,6 +16,8 @@ import typer
 from gapfx.errors import GapfxError, Interrupted, UserError
 
 INTERRUPTED_CODE = Interrupted.exit_code
+# What gloo and NCCL say when a process at the other end is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 _USER_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 app = typer.Typer(
@@ -180,11 +182,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _handle(error: Exception) -> int:
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
     if isinstance(error, UserError):
-        if os.environ.get("RANK", "0") != "0":
+        if not is_rank_0:
             # Rank 0 says the same; this rank speaks only if the mistake is its own.
             time.sleep(2)
         return _fail(f"error: {error}", error.exit_code)
+    if isinstance(error, Interrupted) and not is_rank_0:
+        return error.exit_code
     if isinstance(error, GapfxError):
         return _fail(str(error), error.exit_code)
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag; typer formats it
@@ -192,6 +197,8 @@ def _handle(error: Exception) -> int:
         return 2
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return _fail(f"error: {error}\n  to do: check the disk and its permissions; --resume continues a run", 2)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER):
+        return _fail(f"another rank ended or stopped answering; --resume continues the run\n  {error}", 1)
     if "--debug" not in sys.argv:
         traceback.print_exception(error)
     return _fail("gapfx failed; this is a defect of gapfx", 1)
