@@ -127,7 +127,7 @@ def _is_own_fault(error: BaseException) -> bool:
 
 
 def _task_error(what: str, error: BaseException, path: Path) -> TaskError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
     where = f"{path}:{frames[-1].lineno}, {frames[-1].line}" if frames else str(path)
     return TaskError(
         f"{what}: {type(error).__name__}: {error}", where=where, fix="mend the task; --debug shows the whole traceback"
