@@ -1,0 +1,80 @@
+"""Modules without weights, and fresh modules from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import gapfx
+from gapfx.masks import bits_of, stored_parameter
+from gapfx.runtime.skeleton import module_from, skeleton_of
+from tests.models import LanguageModel, Tagger, TiedPair, cnn, mlp, tokens
+
+CPU = torch.device("cpu")
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {fqn: parameter.detach().clone() for fqn, parameter in module.named_parameters()}
+
+
+def test_a_skeleton_holds_no_weights_and_keeps_shapes_types_and_flags() -> None:
+    module = cnn().bfloat16()
+    module.get_parameter("0.bias").requires_grad_(False)
+    skeleton = skeleton_of(module)
+    for (fqn, empty), (name, full) in zip(skeleton.named_parameters(), module.named_parameters(), strict=True):
+        assert fqn == name
+        assert empty.is_meta
+        assert (empty.shape, empty.dtype, empty.requires_grad) == (full.shape, full.dtype, full.requires_grad)
+        assert isinstance(empty, nn.Parameter)
+
+
+def test_buffers_are_copied_and_the_module_is_left_alone() -> None:
+    module = cnn()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    skeleton = skeleton_of(module)
+    skeleton.get_buffer("1.running_mean").fill_(5)
+    assert not skeleton.get_buffer("1.running_mean").is_meta
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_tied_parameters_stay_tied_in_skeletons_and_modules() -> None:
+    for module in (TiedPair(), LanguageModel()):
+        skeleton = skeleton_of(module)
+        fresh = module_from(skeleton, weights_of(module), CPU)
+        names = ("first", "second") if isinstance(module, TiedPair) else ("tokens", "head")
+        for made in (skeleton, fresh):
+            assert made.get_submodule(names[0]).weight is made.get_submodule(names[1]).weight
+
+
+def test_a_fresh_module_computes_the_same_and_shares_no_memory() -> None:
+    module, x = cnn().eval(), torch.randn(2, 3, 8, 8)
+    weights, skeleton = weights_of(module), skeleton_of(module)
+    first, second = (module_from(skeleton, weights, CPU) for _ in range(2))
+    assert torch.equal(first(x), module(x))
+    with torch.no_grad():
+        first.get_parameter("0.weight").zero_()
+        first.get_buffer("1.running_mean").fill_(9)
+    assert torch.equal(second(x), module(x))
+    assert torch.equal(weights["0.weight"], module.get_parameter("0.weight"))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert not first.training
+
+
+def test_whole_fp32_weights_become_the_modules_own_type() -> None:
+    module = mlp().bfloat16()
+    weights = {fqn: torch.randn(parameter.shape) for fqn, parameter in module.named_parameters()}
+    fresh = module_from(skeleton_of(module), weights, CPU)
+    for fqn, parameter in fresh.named_parameters():
+        assert torch.equal(parameter, weights[fqn].bfloat16())
+
+
+def test_masked_modules_keep_their_masks_also_where_weights_are_read_by_name() -> None:
+    model = Tagger()
+    sparse = gapfx.sparsify(model, (tokens(),), sparsity=0.5)
+    skeleton = skeleton_of(model)
+    fresh = module_from(skeleton, weights_of(model), CPU)
+    assert torch.equal(fresh(tokens()), model(tokens()))
+    for fqn in sparse.masks:
+        assert bits_of(fresh, fqn) is not bits_of(model, fqn)
+        assert torch.equal(bits_of(fresh, fqn), bits_of(model, fqn))
+        assert stored_parameter(skeleton, fqn).is_meta
