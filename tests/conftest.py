@@ -7,9 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads, in this process and in the ranks it starts
+
+# The same examples in every run, and no time limit on one: a busy machine is not a defect.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 
