@@ -28,7 +28,7 @@ from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import load_checkpoint
 from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
-from gapfx.runtime.feed import DeviceLoader, Feed, is_map_style, whole_loader
+from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.learning_rate import warmup_cosine
 from gapfx.runtime.loop import Job, Pace, initial_state, train
 from gapfx.runtime.seeds import seed_everything
@@ -144,7 +144,7 @@ def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, 
     assert task.loss is not None
     loss, model = task.loss, build_model(task, settings)
     seed_everything(settings.seed, _DATA_STREAM)
-    batch = next(iter(whole_loader(feed.data, feed.micro_batch, feed.collate)), None)
+    batch = next(blaming_data(whole_loader(feed.data, feed.micro_batch, feed.collate)), None)
     if batch is None:
         raise TaskError('data("train") is empty', where=str(task.path), fix="return at least one batch of samples")
     options = compile_options(settings, request.passes)

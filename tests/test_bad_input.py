@@ -11,6 +11,15 @@ import pytest
 from tests.runs import TASK, gapfx
 
 GOOD = TASK.read_text()
+BROKEN = """
+
+class Broken:
+    def __len__(self) -> int:
+        return 512
+
+    def __getitem__(self, index: int) -> Batch:
+        raise OSError(f"sample {index} is unreadable")
+"""
 
 # What is wrong: (edit of the task file, flags, what the message says).
 TASK_MISTAKES = {
@@ -25,6 +34,11 @@ TASK_MISTAKES = {
     "model is no module": (("return Net()", "return 1"), (), "model() returned a int"),
     "loss is a vector": (("batch[1])\n", "batch[1], reduction='none')\n"), (), "loss(model, batch) returned a tensor"),
     "loss raises": (("F.cross_entropy(model(batch[0])", "F.cross_entropy(model(batch[9])"), (), "IndexError"),
+    "a sample raises": (
+        ("return TensorDataset(x, x[:, :4].argmax(1))", "return Broken()"),
+        (),
+        "reading the data failed",
+    ),
     "loss is NaN": (("batch[1])\n", "batch[1]) * float('nan')\n"), (), "the loss is nan at step 1"),
     "syntax error": (("def model()", "def model(:"), (), "the task file cannot be imported"),
     "unknown default": (('"sparsity": 0.8', '"sparsty": 0.8'), (), "did you mean 'sparsity'?"),
@@ -66,7 +80,7 @@ def test_mistakes_in_a_task_file_are_named(name: str, tmp_path: Path, capsys: py
     (old, new), flags, says = TASK_MISTAKES[name]
     assert old in GOOD
     task = tmp_path / "task.py"
-    task.write_text(GOOD.replace(old, new))
+    task.write_text(GOOD.replace(old, new) + BROKEN)
     code = gapfx("sparsify", task, "--out", tmp_path / "run", *flags)
     assert_one_message(code, capsys.readouterr().err, says)
 

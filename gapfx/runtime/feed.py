@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from gapfx.errors import TaskError, UserError
+from gapfx.errors import GapfxError, TaskError, UserError
 from gapfx.runtime.seeds import generator, seed_everything
 
 Collate = Callable[[list[Any]], Any]
@@ -73,8 +74,9 @@ class Feed:
         Every random stream is seeded just before a micro-batch is fetched, and its forward runs under the same stream.
         """
         samples = self._map_batches(start, stop) if is_map_style(self.data) else self._stream_batches(start)
+        batches = blaming_data(samples)
         for step in range(start, stop):
-            yield self._micro_batches(step, samples)
+            yield self._micro_batches(step, batches)
 
     def _micro_batches(self, step: int, batches: Iterator[Any]) -> Iterator[Any]:
         for turn in range(self.accumulation):
@@ -140,6 +142,21 @@ def is_map_style(data: Any) -> bool:
     return hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
 
 
+def blaming_data(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; an exception of the dataset or of `collate` becomes a TaskError that names its line."""
+    try:
+        yield from batches
+    except GapfxError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise TaskError(
+            f"reading the data failed: {type(error).__name__}: {error}",
+            where=f"{frame.filename}:{frame.lineno}, {frame.line}",
+            fix="mend the dataset or collate(); --debug shows the whole traceback",
+        ) from error
+
+
 def whole_loader(data: Any, batch_size: int, collate: Collate = default_collate) -> Iterable[Any]:
     """Every sample of `data` once, in order, in batches; the last one may be smaller."""
     if is_map_style(data):
@@ -168,7 +185,7 @@ class DeviceLoader:
     dtype: torch.dtype | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        return (to_model(batch, self.device, self.dtype) for batch in self.loader)
+        return (to_model(batch, self.device, self.dtype) for batch in blaming_data(self.loader))
 
     def __len__(self) -> int:
         return len(self.loader)  # pyright: ignore[reportArgumentType]

@@ -49,7 +49,9 @@ def test_each_phase_changes_only_the_masks_of_its_group(tmp_path: Path) -> None:
     assert set(moved) == set(range(len(plan.groups)))
 
 
-def test_the_first_group_starts_as_initialised_and_later_ones_grow_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_group_starts_as_initialised_and_later_ones_grow_from_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
     enter = loop._enter  # pyright: ignore[reportPrivateUsage]
 
@@ -109,7 +111,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
     assert not torch.equal(weights(first)["head.weight"], weights(other)["head.weight"])
 
 
-@pytest.mark.parametrize("flags", [(), ("--state", "carry", "--dtype", "bf16"), ("--pattern", "2:4", "--sparsity", 0.5)])
+@pytest.mark.parametrize(
+    "flags", [(), ("--state", "carry", "--dtype", "bf16"), ("--pattern", "2:4", "--sparsity", 0.5)]
+)
 def test_a_stopped_run_continues_bit_for_bit(
     flags: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +143,9 @@ def _stop_after(patch: pytest.MonkeyPatch, num_steps: int) -> None:
 
 def _course(run: Path) -> list[tuple[Any, ...]]:
     """Losses and metrics without times."""
-    return [(e["step"], e["loss"]) for e in events(run, "step")] + [(e["step"], e["metrics"]) for e in events(run, "eval")]
+    return [(e["step"], e["loss"]) for e in events(run, "step")] + [
+        (e["step"], e["metrics"]) for e in events(run, "eval")
+    ]
 
 
 def test_a_carried_optimizer_state_changes_the_run(tmp_path: Path) -> None:
@@ -160,7 +166,9 @@ def test_moments_of_pruned_weights_are_zero_when_carried(tmp_path: Path) -> None
 def test_a_diverging_run_keeps_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = tmp_path / "task.py"
     text = TASK.read_text().replace("def loss(", "calls = [0]\n\n\ndef loss(")
-    text = text.replace("    return F.cross", "    calls[0] += 1\n    return (float('nan') if calls[0] > 20 else 1) * F.cross")
+    text = text.replace(
+        "    return F.cross", "    calls[0] += 1\n    return (float('nan') if calls[0] > 20 else 1) * F.cross"
+    )
     task.write_text(text)
     assert gapfx("sparsify", task, "--out", tmp_path / "run") == 2
     assert "the loss is nan at step 20" in capsys.readouterr().err
