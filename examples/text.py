@@ -33,8 +33,8 @@ defaults = {
     "sparsity": 0.8,
     "groups": 4,
     "rounds": 1,
-    "phase_epochs": 0.5,
-    "finetune_epochs": 1.5,
+    "phase_epochs": 0.4,
+    "finetune_epochs": 1.2,
     "batch_size": 16,
 }
 
@@ -73,8 +73,9 @@ class GPT(nn.Module):
         frequencies = 10_000 ** -torch.linspace(0, 1, width // num_heads // 2)
         self.register_buffer("angles", torch.outer(torch.arange(CONTEXT), frequencies), persistent=False)
         nn.init.normal_(self.embedding.weight, std=0.1)
-        for module in (self.head, *(layer for block in self.blocks for layer in (block.proj, block.out))):
-            nn.init.zeros_(module.weight)  # every block starts as the identity, every byte as equally likely
+        for name, parameter in self.named_parameters():
+            if name.endswith(("proj.weight", "out.weight", "head.weight")):
+                nn.init.zeros_(parameter)  # every block starts as the identity, every byte as equally likely
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
