@@ -31,6 +31,7 @@ from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
 from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.learning_rate import warmup_cosine
 from gapfx.runtime.loop import Job, Pace, initial_state, train
+from gapfx.runtime.ranks import on_rank_0
 from gapfx.runtime.seeds import seed_everything
 from gapfx.schedule import Budget, with_schedule
 from gapfx.settings import Settings
@@ -60,7 +61,7 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
     task.need("data", "loss")
     join_process_group()
     run = RunDir(request.out)
-    _on_rank_0(lambda: _check_run(run, settings, request))
+    on_rank_0(lambda: _check_run(run, settings, request))
     plan = run.saved_plan() if request.resume else None
     if plan is None and request.plan is not None:
         plan = Plan.load(request.plan)
@@ -68,7 +69,7 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
     compiled = compile_task(task, settings, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
-    _on_rank_0(lambda: None if request.resume else run.create(settings, plan, force=request.force))
+    on_rank_0(lambda: None if request.resume else run.create(settings, plan, force=request.force))
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     return _train(task, settings, request, run, job)
 
@@ -76,7 +77,7 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
 def _train(task: Task, settings: Settings, request: Request, run: RunDir, job: Job) -> dict[str, Any]:
     found = load_checkpoint(run.checkpoints) if request.resume else None
     state, problems = found or (initial_state(job), [])
-    _on_rank_0(lambda: run.rewind_metrics(state.step if found else -1))
+    on_rank_0(lambda: run.rewind_metrics(state.step if found else -1))
     is_writer = _rank() == 0
     progress = open_progress(job.plan, start_step=state.step, stream=request.stream) if is_writer else SilentProgress()
     with progress, _stop_on_signal() as should_stop:
@@ -246,20 +247,6 @@ def _check_run(run: RunDir, settings: Settings, request: Request) -> None:
         run.check_resume(settings)
     else:
         run.check_new(force=request.force)
-
-
-def _on_rank_0(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; its error is raised on every rank, so that none waits for ever."""
-    failure: list[Any] = [None]
-    if _rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            failure[0] = error
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
 
 
 def _rank() -> int:

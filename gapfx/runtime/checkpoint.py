@@ -29,6 +29,11 @@ FORMAT_VERSION = 1
 _TABLES = ("weights", "buffers", "bits", "sparse_bits", "explored")
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the directory of the checkpoint of `step`."""
+    return f"step-{step:08d}"
+
+
 def save_checkpoint(directory: Path, state: TrainState, keep: int) -> Path:
     """Write the state as the newest checkpoint in `directory` and delete all but the newest `keep`.
 
@@ -36,7 +41,7 @@ def save_checkpoint(directory: Path, state: TrainState, keep: int) -> Path:
 
     Raises CheckpointError when the disk refuses, with the older checkpoints untouched.
     """
-    final, temporary = directory / f"step-{state.step:08d}", directory / f".writing-{state.step:08d}"
+    final, temporary = directory / checkpoint_name(state.step), directory / f".writing-{state.step:08d}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left_over in directory.glob(".writing-*"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gapfx.errors import DivergedError, Interrupted
 from gapfx.masks import write_bits
 from gapfx.plan import Phase, Plan
-from gapfx.runtime.checkpoint import save_checkpoint
+from gapfx.runtime.checkpoint import checkpoint_name, save_checkpoint
 from gapfx.runtime.engine import Engine, EngineOptions, LossFunction, OptimizerFactory, buffers_of, local_device
 from gapfx.runtime.feed import Feed, to_model
 from gapfx.runtime.grow_prune import (
@@ -30,6 +30,7 @@ from gapfx.runtime.grow_prune import (
     start_masks,
 )
 from gapfx.runtime.learning_rate import LrFactor, factor_at, warmup_cosine
+from gapfx.runtime.ranks import on_rank_0
 from gapfx.runtime.shards import OptimizerState
 from gapfx.runtime.skeleton import module_from, skeleton_of
 
@@ -238,14 +239,5 @@ def _evaluate(run: _PhaseRun, module: nn.Module, state: TrainState) -> None:
 
 def _checkpoint(run: _PhaseRun, state: TrainState) -> None:
     check_zeros(state)
-    failure: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            path = save_checkpoint(run.job.checkpoints, state, run.job.pace.keep_checkpoints)
-            run.emit("checkpoint", state.step, path=path.name)
-        except Exception as error:
-            failure[0] = error
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+    on_rank_0(lambda: save_checkpoint(run.job.checkpoints, state, run.job.pace.keep_checkpoints))
+    run.emit("checkpoint", state.step, path=checkpoint_name(state.step))
