@@ -139,4 +139,4 @@ def evaluate(model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=4e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98))
