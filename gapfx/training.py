@@ -27,7 +27,7 @@ from gapfx.recording import Recording
 from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import load_checkpoint
-from gapfx.runtime.engine import EngineOptions, join_process_group, local_device
+from gapfx.runtime.engine import EngineOptions, local_device, process_group
 from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.learning_rate import warmup_cosine
 from gapfx.runtime.loop import Job, Pace, initial_state, train
@@ -59,7 +59,11 @@ class Request:
 def run_training(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
     """Train on all ranks and give the summary back on each; rank 0 writes the files of the run directory."""
     task.need("data", "loss")
-    join_process_group()
+    with process_group():
+        return _run_in_group(task, settings, request)
+
+
+def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
     run = RunDir(request.out)
     on_rank_0(lambda: _check_run(run, settings, request))
     plan = run.saved_plan() if request.resume else None

@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -63,8 +64,26 @@ class StepResult:
     grad_norm: float
 
 
-def join_process_group() -> None:
-    """Join the process group that the environment describes; a second call does nothing."""
+@contextmanager
+def process_group() -> Generator[None]:
+    """Membership of the process group that the environment describes; one that was joined before stays joined.
+
+    A group must be left before the interpreter ends: its threads run on, and C++ aborts a process that ends with them.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
+    _join_process_group()
+    try:
+        yield
+    finally:
+        import deepspeed.comm.comm
+
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None  # else DeepSpeed takes the group that is gone for a live one
+
+
+def _join_process_group() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

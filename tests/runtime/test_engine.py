@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gapfx.errors import UserError
-from gapfx.runtime.engine import Engine, EngineOptions, join_process_group
+from gapfx.runtime.engine import Engine, EngineOptions, process_group
 from gapfx.runtime.launch import single_process_environment
 
 Batch = tuple[Tensor, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_group() -> None:
+def in_process_group() -> Iterator[None]:
     if not torch.distributed.is_initialized():
         single_process_environment()
-    join_process_group()
+    with process_group():
+        yield
 
 
 def make_model() -> nn.Module:
