@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +16,8 @@ from gapfx.globs import matches, select
 from gapfx.layers import execution_order
 from gapfx.passes.tie_weights import Tie, TieWeights
 from gapfx.plan import DenseWeight
+
+MAX_REASONS = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class FindWeights(Analysis[FoundWeights]):
         capture, ties = unit.capture, unit.latest(TieWeights)
         # By name, not by attribute: a masked attribute gives the masked weight.
         tensors = dict(capture.model.named_parameters())
-        reasons = {fqn: _fixed_reason(capture, item, tensors[fqn]) for fqn, item in capture.parameters.items()}
+        others = _other_reasons(capture)
+        reasons = {
+            fqn: _fixed_reason(capture, item, tensors[fqn], others.get(fqn, ()))
+            for fqn, item in capture.parameters.items()
+        }
         if not self.embeddings:
             for fqn, reason in _embedding_reasons(capture, ties):
                 reasons[fqn] = reasons[fqn] or reason
@@ -97,22 +103,31 @@ def _found(parameter: Parameter, fns: Mapping[tuple[str, str], str]) -> FoundWei
     return FoundWeight(parameter.fqn, parameter.shape, role, fns[parameter.fqn, role], parameter.aliases)
 
 
-def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter) -> str:
-    """Why a parameter cannot be sparse, whatever the options say; "" when it can."""
+def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter, others: Sequence[str]) -> str:
+    """Why a parameter cannot be sparse, whatever the options say; "" when it can. `others` are reasons of the uses."""
     if len(parameter.shape) < 2:
         return f"{len(parameter.shape)} dimension(s): a bias, a norm or a scale"
     if parameter.role == "unused":
         return "the recorded forward does not reach it"
-    if parameter.role == "other":
-        used = dict.fromkeys(use.fn for use in capture.uses if use.fqn == parameter.fqn)
-        return f"no operand of a matrix product, convolution or lookup: used by {', '.join(used) or 'nothing known'}"
     if _is_norm_magnitude(capture, parameter.fqn):
         return "the magnitude of a weight norm"
+    if parameter.role == "other":
+        return "; ".join(others) or "no operand of a matrix product, convolution or lookup"
     if not torch.is_floating_point(tensor):
         return f"values of type {str(tensor.dtype).removeprefix('torch.')}"
     if not tensor.requires_grad:
         return "it does not require a gradient"
     return _home_reason(capture.model, parameter)
+
+
+def _other_reasons(capture: Capture) -> Mapping[str, Sequence[str]]:
+    """Why each use is none of a weight; where arithmetic leads to a product, its last step says it all."""
+    found: dict[str, dict[str, None]] = {}
+    for use in capture.uses:
+        if use.reason:
+            found.setdefault(use.fqn, {})[use.reason] = None
+    through = {fqn: [reason for reason in reasons if reason.startswith("reaches ")] for fqn, reasons in found.items()}
+    return {fqn: through[fqn][-1:] or list(reasons)[:MAX_REASONS] for fqn, reasons in found.items()}
 
 
 def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
@@ -123,6 +138,8 @@ def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
 def _home_reason(model: nn.Module, parameter: Parameter) -> str:
     for fqn in (parameter.fqn, *parameter.aliases):
         home = model.get_submodule(fqn.rpartition(".")[0])
+        if isinstance(home, torch.jit.ScriptModule):
+            return "it belongs to a ScriptModule, whose weights cannot be masked"
         if isinstance(home, (nn.Embedding, nn.EmbeddingBag)) and home.max_norm is not None:
             return "its forward writes to it (max_norm)"
     return ""

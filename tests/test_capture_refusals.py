@@ -60,29 +60,9 @@ def test_a_script_module_is_refused_as_the_root_and_noted_inside() -> None:
     with pytest.raises(CaptureError, match="the model is a ScriptModule"):
         capture(scripted(nn.Linear(4, 4)), lambda m: m(x()))
     recorded = capture(nn.Sequential(nn.Linear(4, 4), scripted(nn.Linear(4, 4))), lambda m: m(x()))
-    assert recorded.notes == ("1: 1.weight belongs to a ScriptModule, which cannot be looked into",)
-    assert recorded.parameters["1.weight"].role == "other"
+    assert recorded.notes == ("1: a ScriptModule takes 1.weight, found inside as operands of addmm",)
+    assert recorded.parameters["1.weight"].role == "gemm"
     assert recorded.parameters["0.weight"].role == "gemm"
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, owner: nn.Linear) -> Tensor:
-        return x @ owner.weight.t()
-
-
-def test_a_weight_read_inside_a_custom_function_is_noted_and_not_a_gemm() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Product.apply(x, self.inner)
-
-    recorded = capture(Model(), lambda m: m(x()))
-    assert recorded.parameters["inner.weight"].role == "other"
-    assert recorded.notes == ("the root: inner.weight goes into Product, which cannot be looked into",)
 
 
 def test_paths_that_depend_on_values_are_noted_with_their_module() -> None:

@@ -45,6 +45,41 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
     "over its norm": (lambda x, w, m: x @ (w / w.norm()), "gemm", "norm"),
     "rows chosen by the input": (lambda x, w, m: x @ w[x.argmax(1)].T, "gemm", "matmul"),
     "second operand of addmm": (lambda x, w, m: torch.addmm(x, x, w), "gemm", "addmm"),
+    "operand of bmm by chunks": (
+        lambda x, w, m: torch.bmm(x[None], torch.stack(w.split([2, 2]), 0).reshape(1, 4, 4)),
+        "gemm",
+        "bmm",
+    ),
+    "operand of baddbmm": (lambda x, w, m: torch.baddbmm(x[None], x[None], w[None]), "gemm", "baddbmm"),
+    "summand of baddbmm": (lambda x, w, m: torch.baddbmm(w[None], x.T[None], x[None]), "other", "baddbmm"),
+    "tensordot": (lambda x, w, m: torch.tensordot(x, w, 1), "gemm", "tensordot"),
+    "unbound and stacked": (lambda x, w, m: x @ torch.stack(w.unbind(0)[::-1]), "gemm", "matmul"),
+    "rows by an index tensor": (lambda x, w, m: x @ w.index_select(0, torch.tensor([1, 0, 2, 3])), "gemm", "matmul"),
+    "cast and back": (lambda x, w, m: x @ w.double().to(torch.float32).type_as(x), "gemm", "matmul"),
+    "transposed convolution": (
+        lambda x, w, m: F.conv_transpose2d(x[:, :, None, None], w[:, :, None, None]),
+        "gemm",
+        "conv_transpose2d",
+    ),
+    "grouped product": (
+        lambda x, w, m: torch.nn.functional.grouped_mm(
+            x.repeat(8, 4).bfloat16(),
+            w.repeat(4, 4)[None].bfloat16()[[0, 0]],
+            offs=torch.tensor([8, 16], dtype=torch.int32),
+        ),
+        "gemm",
+        "_grouped_mm",
+    ),
+    "rounded straight through": (lambda x, w, m: x @ (w + ((w * 4).round() / 4 - w).detach()), "gemm", "matmul"),
+    "clamped around zero": (lambda x, w, m: x @ w.clamp(-1, 1), "gemm", "matmul"),
+    "clamped above zero": (lambda x, w, m: x @ w.clamp(1, 2), "other", "clamp"),
+    "plus its transpose": (lambda x, w, m: x @ (w + w.t()), "other", "add"),
+    "scaled by the input, then a weight": (
+        lambda x, w, m: F.linear(x, (w[:, None] * x[:1]).flatten(1)),
+        "gemm",
+        "mul",
+    ),
+    "scaled by the input, then an activation": (lambda x, w, m: F.linear(w[:2] * x, m.linear.weight), "other", "mul"),
     "summand of addmm": (lambda x, w, m: torch.addmm(w[:2], x, m.linear.weight), "other", "addmm"),
     "bias of linear": (lambda x, w, m: F.linear(x, m.linear.weight, w.mean(0)), "other", "mean"),
     "activation of linear": (lambda x, w, m: F.linear(w, m.linear.weight), "other", "linear"),
@@ -53,6 +88,7 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
     "a divisor": (lambda x, w, m: x @ (1 / w), "other", "div"),
     "a position table": (lambda x, w, m: x + w[IDS], "other", "add"),
     "joined with an activation": (lambda x, w, m: torch.cat([x, w]) @ m.linear.weight, "other", "cat"),
+    "an exponent that multiplies": (lambda x, w, m: x * w.exp()[0], "other", "exp"),
     "its mean subtracted": (lambda x, w, m: x @ (w - w.mean()), "other", "mean"),
     "a lookup": (lambda x, w, m: F.embedding(IDS, w) + x, "embedding", "embedding"),
     "a lookup and a product": (lambda x, w, m: F.embedding(IDS, w) @ w, "gemm", "embedding"),
@@ -66,6 +102,29 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
 
 def recorded(model: nn.Module, *inputs: Tensor) -> Capture:
     return capture(model, lambda module: module(*inputs))
+
+
+REASONS = {
+    "summand of addmm": "the bias of addmm",
+    "bias of linear": "the bias of linear, after mean",
+    "activation of linear": "an activation of linear: a token or a query, no weight",
+    "input of a module": "an input of the module linear (linear): a token or a query, no weight",
+    "a scale": "multiplied with activations element by element by mul: a scale",
+    "a divisor": "reaches matmul through div, where its zeros do not stay zeros",
+    "a position table": "added to activations by add: a position table or a bias",
+    "joined with an activation": "joined with activations by cat: a token or a table",
+    "an exponent that multiplies": "multiplied with activations element by element by mul: a scale, after exp",
+    "its mean subtracted": "reaches matmul through sub, where its zeros do not stay zeros",
+    "plus its transpose": "reaches matmul through add, where its zeros do not stay zeros",
+    "clamped above zero": "reaches matmul through clamp, where its zeros do not stay zeros",
+    "returned": "returned by the model as it is: an output, no weight",
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_is_no_weight_has_a_reason_of_its_own(case: str) -> None:
+    found = recorded(Reads(ROLES[case][0]), torch.randn(2, 4))
+    assert [use.reason for use in found.uses if use.fqn == "w"][-1] == REASONS[case]
 
 
 @pytest.mark.parametrize("case", ROLES)

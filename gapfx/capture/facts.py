@@ -18,7 +18,9 @@ class Use:
 
     `node` names the consumer in the graph, behind views and products that keep zeros where they are; `user` is the
     FQN of the innermost module whose forward consumes it ("" = the root), which for a leaf is the leaf. Role `gemm`:
-    the operand, of two or more dimensions, of a matrix product or convolution (never its bias).
+    the operand, of two or more dimensions, of a matrix product or convolution (never its bias). `reason` says why a
+    read of two or more dimensions is role `other`. `is_assumed`: the forward did not come to `user`, a sibling of a
+    module that it reached with the same weight; `node` is then the sibling's.
     """
 
     fqn: str
@@ -26,6 +28,8 @@ class Use:
     user: str
     fn: str
     role: UseRole
+    reason: str = ""
+    is_assumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Capture:
     `graph_module` takes the tensors among the inputs (see `tensors_in`) and returns the tensor, or the tuple of
     tensors, that the model returned; it shares the modules and parameters of the model. Node meta: "stack" (tuple of
     (module FQN, call number), root first), "shape", "fqn" for reads and calls of modules, "fn", "mem_deps" (names of
-    nodes that must run before because of writes in place). `notes` are human text with the module named.
+    nodes that must run before because of writes in place), "inside" (the ops below a call that Python does not show:
+    see `gapfx.capture.inside`). `notes` are human text with the module named.
     """
 
     graph_module: fx.GraphModule

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import fx, nn
 
 from gapfx.capture.facts import Use
+from gapfx.capture.nodes import fn_of, inside_of
 from gapfx.capture.patches import Watch
+
+MAX_NAMES = 4
+TRANSFORM_NAMES = {"vmap_impl": "vmap", "grad_impl": "grad", "grad_and_value_impl": "grad_and_value"}
 
 
 def find_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> tuple[str, ...]:
@@ -15,7 +19,8 @@ def find_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> tuple[s
     return (
         *_device_notes(model),
         *_call_notes(watch),
-        *_opaque_notes(model, watch, uses),
+        *_inside_notes(watch, uses),
+        *_unreached_notes(uses),
         *_write_notes(watch),
         *_constant_notes(watch),
         *_data_notes(watch),
@@ -38,20 +43,45 @@ def _call_notes(watch: Watch) -> Iterator[str]:
         yield f"a module of class {name} is called but not registered in the model: its weights stay dense"
 
 
-def _opaque_notes(model: nn.Module, watch: Watch, uses: tuple[Use, ...]) -> Iterator[str]:
-    kinds = {node.name: node.meta.get("kind") for node in watch.recorder.graph.nodes}
-    matrices = {fqn for fqn, parameter in model.named_parameters() if parameter.ndim > 1}
-    taken: dict[str, dict[str, None]] = {}
+def _inside_notes(watch: Watch, uses: tuple[Use, ...]) -> Iterator[str]:
+    """Weights that are used where Python shows no op: taken as weights by what runs below, or dense."""
+    hosts = {node.name: node for node in watch.recorder.graph.nodes if inside_of(node) is not None}
+    taken: dict[tuple[str, str], dict[str, None]] = {}
     for use in uses:
-        why = f"{_name(use.user)}: {{}} goes into {use.fn}, which cannot be looked into"
-        if use.fn == "script_module":
-            why = f"{use.user}: {{}} belongs to a ScriptModule, which cannot be looked into"
-        elif kinds.get(use.node) != "opaque":
+        if use.node not in hosts or not (use.role == "gemm" or use.reason):
             continue
-        if use.fqn in matrices:
-            taken.setdefault(why, {})[use.fqn] = None
-    for why, fqns in taken.items():
-        yield why.format(", ".join(fqns))
+        found = f"found inside as operands of {use.fn}" if use.role == "gemm" else f"stay dense: {use.reason}"
+        taken.setdefault((f"{_name(use.user)}: {_opaque_name(hosts[use.node])}", found), {})[use.fqn] = None
+    for (where, found), fqns in taken.items():
+        yield f"{where} takes {', '.join(fqns)}, {found}"
+
+
+def _opaque_name(node: fx.Node) -> str:
+    """What kind of call a node is, with its name."""
+    if node.op == "call_module":
+        return "a ScriptModule"
+    name = fn_of(node)
+    if name in TRANSFORM_NAMES:
+        return f"the function transform {TRANSFORM_NAMES[name]}"
+    return f"the autograd Function {name}"
+
+
+def _unreached_notes(uses: tuple[Use, ...]) -> Iterator[str]:
+    siblings: dict[str, dict[str, None]] = {}
+    for use in uses:
+        if use.is_assumed:
+            siblings.setdefault(use.node, {})[use.fqn] = None
+    fqns = [fqn for group in siblings.values() for fqn in group]
+    if fqns:
+        yield (
+            f"the model: this batch did not come to {len(fqns)} weights ({_some(fqns)}); they are taken because modules"
+            " of their class beside them were reached"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f", {more} more" if more > 0 else "")
 
 
 def _write_notes(watch: Watch) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast  #
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from gapfx.capture.leaves import is_leaf
+from gapfx.capture.leaves import is_leaf, is_script
 from gapfx.capture.memory import version
 from gapfx.capture.recorder import Recorder, input_names
 
@@ -65,10 +65,22 @@ class Watch:
         with self.recorder.inside(fqn):
             if not is_leaf(module, self._known):
                 return original(module, *args, **kwargs)
-            out, written = self.recorder.run(lambda *a, **k: original(module, *a, **k), args, kwargs)
+            function = functools.partial(original, module)
+            if is_script(module):
+                return self._script(function, fqn, module, args, kwargs)
+            out, written = self.recorder.run(function, args, kwargs)
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                 self.recorder.add_leaf(fqn, module, args, kwargs, out, written)
             return out
+
+    def _script(self, function: Callable[..., Any], fqn: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        with recorder.outside():
+            out, written, spy = recorder.spy(function, args, kwargs)
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            node = recorder.add_leaf(fqn, module, args, kwargs, out, written)
+            recorder.add_inside(node, spy, out)
+        return out
 
     def _before(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if module is not self.model:
@@ -128,9 +140,10 @@ class Watch:
         recorder = self.recorder
         recorder.opaque_reads = set()
         try:
-            out, written = recorder.run(function, args, kwargs)
+            out, written, spy = recorder.spy(function, args, kwargs)
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                 node = recorder.add_function(function, args, kwargs, out, written)
+                recorder.add_inside(node, spy, out)
             node.meta.update(kind="opaque", reads=tuple(sorted(recorder.opaque_reads)))
         finally:
             recorder.opaque_reads = None

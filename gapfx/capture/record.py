@@ -15,6 +15,7 @@ from gapfx.capture.patches import Watch, watching
 from gapfx.capture.recorder import Recorder
 from gapfx.capture.refusals import failed_forward, refuse_model, refuse_output
 from gapfx.capture.state import restored
+from gapfx.capture.unreached import with_unreached
 from gapfx.capture.uses import find_uses, parameter_facts
 from gapfx.capture.values import safe_target
 from gapfx.errors import CaptureError, GapfxError
@@ -38,7 +39,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
             raise failed_forward(model, watch, error) from error
     _check_called(watch)
     refuse_output(model, watch.output)
-    uses = find_uses(recorder.graph, model)
+    uses = with_unreached(model, find_uses(recorder.graph, model))
     return Capture(
         graph_module=_graph_module(model, recorder),
         model=model,

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from gapfx.capture.inside import Homes, Spy
 from gapfx.capture.leaves import module_fn
 from gapfx.capture.memory import Memory, version
 from gapfx.capture.values import Values, call_boxed, is_importable, named_tensors, tensors_in
@@ -46,6 +47,7 @@ class Recorder(TorchFunctionMode):
         self.scope: list[Scope] = []
         self.markers: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.opaque_reads: set[str] | None = None
+        self._homes = Homes(model)
         self._num_calls: Counter[str] = Counter()
         self.failed_in = ""
         self._error: BaseException | None = None
@@ -64,6 +66,15 @@ class Recorder(TorchFunctionMode):
     def stamp(self, node: fx.Node) -> None:
         """Give a node the present scope."""
         node.meta["stack"] = tuple(self.scope)
+
+    @contextmanager
+    def outside(self) -> Generator[None]:
+        """Scope of the caller of the present module."""
+        own = self.scope.pop()
+        try:
+            yield
+        finally:
+            self.scope.append(own)
 
     @contextmanager
     def inside(self, fqn: str) -> Generator[None]:
@@ -91,6 +102,17 @@ class Recorder(TorchFunctionMode):
             self.memory.storage(tensor) for tensor, was in before if was is not None and version(tensor) != was
         }
 
+    def spy(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[int], Spy]:
+        """As `run`, and what ran inside the call. What the call takes gets its node in the present scope."""
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            spy = Spy(self.values, self._homes, _flat_tensors((args, kwargs)))
+
+        def watched(*inputs: Any, **options: Any) -> Any:
+            with spy:
+                return function(*inputs, **options)
+
+        return *self.run(watched, args, kwargs), spy
+
     # ---- nodes
 
     def add_inputs(self, inputs: Sequence[tuple[str, Tensor]]) -> None:
@@ -99,6 +121,16 @@ class Recorder(TorchFunctionMode):
             node = self.graph.placeholder(name)
             self.stamp(node)
             self.values.put(tensor, node)
+
+    def add_inside(self, node: fx.Node, spy: Spy, out: Any) -> None:
+        """Attach what ran inside the call of a node; its results have their nodes by now."""
+        inside = spy.finish(_flat_tensors(out))
+        for inner in inside.graph.nodes:
+            inner.meta["host"] = node
+        node.meta["inside"] = inside
+        unseen = {source.name for source in inside.entries if source.op != "get_attr"}
+        unseen -= {source.name for source in node.all_input_nodes}
+        node.meta["mem_deps"] = tuple(sorted({*node.meta["mem_deps"], *unseen}))
 
     def add_output(self, out: object) -> None:
         """The tensor that the model returned, or the tuple of all tensors in what it returned."""
@@ -118,13 +150,13 @@ class Recorder(TorchFunctionMode):
         return node
 
     def add_leaf(self, fqn: str, module: nn.Module, args: Any, kwargs: Any, out: Any, written: set[int]) -> fx.Node:
-        """A node for a leaf call. Boxes and items around it belong to the scope of its parent."""
-        values, own = self.values, self.scope.pop()
-        node = values.module_call(own, tuple(values.argument(arg) for arg in args), values.argument(kwargs))
-        node.meta.update(fqn=fqn, fn=module_fn(module))
-        self._finish(node, (args, kwargs), out, written)
-        node.meta["stack"] = (*self.scope, own)
-        self.scope.append(own)
+        """A node for a call of the present module. Boxes and items around it belong to the scope of its parent."""
+        values, own = self.values, self.scope[-1]
+        with self.outside():
+            node = values.module_call(own, tuple(values.argument(arg) for arg in args), values.argument(kwargs))
+            node.meta.update(fqn=fqn, fn=module_fn(module))
+            self._finish(node, (args, kwargs), out, written)
+            node.meta["stack"] = (*self.scope, own)
         return node
 
     def _finish(self, node: fx.Node, inputs: Any, out: Any, written: set[int]) -> None:

@@ -14,7 +14,10 @@ from gapfx.capture.patches import Watch
 from gapfx.capture.values import tensors_in
 from gapfx.errors import CaptureError, GapfxError
 
-RECORDING = {"add_inputs", "add_output", "add_function", "add_leaf", "enter_autocast", "exit_autocast"}
+RECORDING = frozenset(
+    {"add_inputs", "add_output", "add_function", "add_leaf", "add_inside", "add_op"}
+    | {"enter_autocast", "exit_autocast"}
+)
 
 
 def refuse_model(model: nn.Module) -> None:

@@ -110,11 +110,16 @@ class Values:
         except TypeError:
             self._nodes[id(tensor)] = (lambda: tensor, node)
 
+    def maker(self, tensor: Tensor) -> fx.Node | None:
+        """The node that made a tensor, if one did."""
+        found = self._nodes.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
     def node(self, tensor: Tensor) -> fx.Node:
         """Its maker; else the read of a parameter or buffer; else a new constant."""
-        maker = self._nodes.get(id(tensor))
-        if maker is not None and maker[0]() is tensor:
-            return maker[1]
+        maker = self.maker(tensor)
+        if maker is not None:
+            return maker
         fqn = self.names.get(id(tensor))
         return self._constant(tensor) if fqn is None else self._read(fqn, tensor)
 

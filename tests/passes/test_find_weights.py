@@ -108,7 +108,7 @@ def test_two_linears_that_share_a_weight_are_one_prunable_weight() -> None:
 
 def test_positions_name_the_function_that_uses_them() -> None:
     unit = Unit(captured(LanguageModel(), tokens()))
-    assert "used by add" in reasons(unit)["positions"]
+    assert reasons(unit)["positions"] == "added to activations by add: a position table or a bias"
 
 
 def test_what_the_forward_does_not_reach_stays_dense() -> None:
