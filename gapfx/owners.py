@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
@@ -25,6 +25,30 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDeco
 BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
+class OwnerGraph(fx.GraphModule):
+    """A GraphModule that writes its code when it is first called or asked for it: most owners' code is never run."""
+
+    def recompile(self) -> Any:
+        """Mark the code as out of date."""
+        cast(Any, type(self)).forward = OwnerGraph.forward  # torch gives every GraphModule a class of its own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate the code, which replaces this method, and run it."""
+        return self.generated()(self, *args, **kwargs)
+
+    def generated(self) -> Any:
+        """The generated forward, as a function of this module and its inputs."""
+        if type(self).forward is OwnerGraph.forward:
+            super().recompile()
+        return type(self).forward
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph."""
+        self.generated()
+        return self._code
+
+
 @dataclass(frozen=True)
 class Owner:
     """A module that holds weights, and the graph in which rewrites edit how they are used.
@@ -36,7 +60,7 @@ class Owner:
     fqn: str
     module: nn.Module
     names: tuple[str, ...]
-    graph: fx.GraphModule
+    graph: OwnerGraph
     form: Form
     reason: str = ""
 
@@ -100,7 +124,7 @@ def _build(
     module = model.get_submodule(path)
     reason = outside or _read_by_parent(model, path) or _not_traceable(module)
     if not reason:
-        traced = fx.GraphModule(module, _trace(module, traces), type(module).__name__)
+        traced = OwnerGraph(module, _trace(module, traces), type(module).__name__)
         owner = _with_shapes(Owner(path, module, names, traced, "forward"))
         unread = [name for name in names if owner.read(name) is None]
         if not unread:
@@ -146,13 +170,13 @@ def _not_traceable(module: nn.Module) -> str:
     return ""
 
 
-def _reads(module: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:
+def _reads(module: nn.Module, names: tuple[str, ...]) -> OwnerGraph:
     graph = fx.Graph()
     held = nn.Module()
     for name in names:
         held.register_parameter(name, vars(module)["_parameters"][name])
     graph.output({name: graph.get_attr(name) for name in names})
-    return fx.GraphModule(held, graph, type(module).__name__)
+    return OwnerGraph(held, graph, type(module).__name__)
 
 
 def packed_buffer(owner: Owner, name: str) -> torch.Tensor | None:

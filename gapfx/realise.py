@@ -48,8 +48,7 @@ def _uninstall(module: nn.Module) -> None:
 
 
 def _subclass(base: type[nn.Module], owner: Owner) -> type[nn.Module]:
-    owner.graph.recompile()
-    key = (base, owner.form, owner.names, owner.graph.code)
+    key = (base, owner.form, owner.names, _structure(owner.graph.graph))
     if key not in _SUBCLASSES:
         body = {_BASE: base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         body |= _forward(owner) if owner.form == "forward" else _properties(base, owner)
@@ -57,8 +56,23 @@ def _subclass(base: type[nn.Module], owner: Owner) -> type[nn.Module]:
     return _SUBCLASSES[key]
 
 
+def _structure(graph: fx.Graph) -> str:
+    """The graph as text: equal for graphs that compute the same in the same way."""
+    places = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
+    rows = [
+        (
+            node.op,
+            node.target if isinstance(node.target, str) else f"{node.target} {id(node.target)}",
+            *fx.map_arg((node.args, node.kwargs), places.__getitem__),
+        )
+        for node in graph.nodes
+    ]
+    return repr(rows)
+
+
 def _forward(owner: Owner) -> dict[str, Any]:
-    return {"forward": type(owner.graph).forward}
+    owner.graph.recompile()
+    return {"forward": owner.graph.generated()}
 
 
 def _properties(base: type[nn.Module], owner: Owner) -> dict[str, Any]:
