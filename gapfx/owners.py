@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from gapfx.capture import Capture
+from gapfx.capture.late_code import LateGraphModule
 
 Form = Literal["forward", "read"]
 
@@ -23,30 +24,6 @@ TRACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
 # What every module has and no forward depends on.
 BOOKKEEPING = frozenset(vars(nn.Module()))
-
-
-class OwnerGraph(fx.GraphModule):
-    """A GraphModule that writes its code when it is first called or asked for it: most owners' code is never run."""
-
-    def recompile(self) -> Any:
-        """Mark the code as out of date."""
-        cast(Any, type(self)).forward = OwnerGraph.forward  # torch gives every GraphModule a class of its own
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate the code, which replaces this method, and run it."""
-        return self.generated()(self, *args, **kwargs)
-
-    def generated(self) -> Any:
-        """The generated forward, as a function of this module and its inputs."""
-        if type(self).forward is OwnerGraph.forward:
-            super().recompile()
-        return type(self).forward
-
-    @property
-    def code(self) -> str:
-        """The Python code of the graph."""
-        self.generated()
-        return self._code
 
 
 @dataclass(frozen=True)
@@ -60,7 +37,7 @@ class Owner:
     fqn: str
     module: nn.Module
     names: tuple[str, ...]
-    graph: OwnerGraph
+    graph: LateGraphModule
     form: Form
     reason: str = ""
 
@@ -124,7 +101,7 @@ def _build(
     module = model.get_submodule(path)
     reason = outside or _read_by_parent(model, path) or _not_traceable(module)
     if not reason:
-        traced = OwnerGraph(module, _trace(module, traces), type(module).__name__)
+        traced = LateGraphModule(module, _trace(module, traces), type(module).__name__)
         owner = _with_shapes(Owner(path, module, names, traced, "forward"))
         unread = [name for name in names if owner.read(name) is None]
         if not unread:
@@ -170,13 +147,13 @@ def _not_traceable(module: nn.Module) -> str:
     return ""
 
 
-def _reads(module: nn.Module, names: tuple[str, ...]) -> OwnerGraph:
+def _reads(module: nn.Module, names: tuple[str, ...]) -> LateGraphModule:
     graph = fx.Graph()
     held = nn.Module()
     for name in names:
         held.register_parameter(name, vars(module)["_parameters"][name])
     graph.output({name: graph.get_attr(name) for name in names})
-    return OwnerGraph(held, graph, type(module).__name__)
+    return LateGraphModule(held, graph, type(module).__name__)
 
 
 def packed_buffer(owner: Owner, name: str) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gapfx.capture import capture
+from gapfx.capture.state import collector_paused
 from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
 from gapfx.errors import PlanError, UserError
@@ -64,7 +65,12 @@ def compile_model(
     observer: Observer | None = None,
 ) -> Compiled:
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place."""
-    unit = Unit(capture(model, run))
+    with collector_paused():
+        return _compile(Unit(capture(model, run)), options, plan, observer)
+
+
+def _compile(unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None) -> Compiled:
+    model = unit.capture.model
     if plan is not None:
         _check_rules(plan)
         plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})

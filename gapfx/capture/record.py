@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from gapfx.capture.facts import Capture
+from gapfx.capture.late_code import LateGraphModule
 from gapfx.capture.notes import find_notes
 from gapfx.capture.patches import Watch, watching
 from gapfx.capture.recorder import Recorder
 from gapfx.capture.refusals import failed_forward, refuse_model, refuse_output
-from gapfx.capture.state import restored
+from gapfx.capture.state import collector_paused, restored
 from gapfx.capture.unreached import with_unreached
 from gapfx.capture.uses import find_uses, parameter_facts
 from gapfx.capture.values import safe_target
@@ -30,7 +31,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
     refuse_model(model)
     recorder = Recorder(model)
     watch = Watch(model, recorder)
-    with restored(model), _eager(), watching(watch):
+    with collector_paused(), restored(model), _eager(), watching(watch):
         try:
             run(model)
         except GapfxError:
@@ -70,7 +71,7 @@ def _check_called(watch: Watch) -> None:
 
 def _graph_module(model: nn.Module, recorder: Recorder) -> fx.GraphModule:
     """The graph with the model's own modules, parameters and buffers under their FQNs."""
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Recorded")
+    gm = LateGraphModule(nn.Module(), fx.Graph(), class_name="Recorded")
     for table in ("_modules", "_parameters", "_buffers"):
         vars(gm)[table].update({safe_target(fqn): entry for fqn, entry in vars(model)[table].items()})
     for name, box in recorder.values.boxes.items():

@@ -32,6 +32,8 @@ RECORDED_WRITES = frozenset({"requires_grad", "data"})
 
 DUNDER = re.compile(r"__(?P<side>[ri]?)(?P<op>add|sub|mul|matmul|div|truediv|floordiv|mod|pow|and|or|xor)__")
 
+SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+
 Scope = tuple[str, int]
 
 
@@ -92,15 +94,16 @@ class Recorder(TorchFunctionMode):
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[int]]:
         """Call with recording suspended -> (result, storages written during the call)."""
-        before = [(tensor, version(tensor)) for tensor in _flat_tensors((args, kwargs))]
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            before = [(tensor, version(tensor)) for tensor in _flat_tensors((args, kwargs))]
         self._suspended += 1
         try:
             out = function(*args, **kwargs)
         finally:
             self._suspended -= 1
-        return out, {
-            self.memory.storage(tensor) for tensor, was in before if was is not None and version(tensor) != was
-        }
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            written = [tensor for tensor, was in before if was is not None and version(tensor) != was]
+            return out, {self.memory.storage(tensor) for tensor in written}
 
     def spy(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[int], Spy]:
         """As `run`, and what ran inside the call. What the call takes gets its node in the present scope."""
@@ -265,7 +268,24 @@ def input_names(parameter_names: Sequence[str], args: Any, kwargs: Any) -> Itera
 
 
 def _flat_tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
+    # What most calls take, without the cost of pytree's registry.
+    kind = type(value)
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif kind is tuple or kind is list:
+        for item in value:
+            _gather(item, found)
+    elif kind is dict:
+        for item in value.values():
+            _gather(item, found)
+    elif kind not in SCALARS:
+        found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _has_bool_index(args: Any) -> bool:

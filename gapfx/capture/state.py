@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Callable, Generator
@@ -14,6 +15,18 @@ from torch import Tensor, nn
 from gapfx.capture.leaves import is_script
 
 TABLES = ("_buffers", "_parameters", "_modules")
+
+
+@contextmanager
+def collector_paused() -> Generator[None]:
+    """No garbage collection meanwhile: many small objects that stay make it look through all others in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
