@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from gapfx.capture.evaluation import capture_eval
 from gapfx.capture.facts import Capture, Parameter, Use
+from gapfx.capture.outline import outline
 from gapfx.capture.record import capture
 from gapfx.capture.values import tensors_in
 
-__all__ = ["Capture", "Parameter", "Use", "capture", "tensors_in"]
+__all__ = ["Capture", "Parameter", "Use", "capture", "capture_eval", "outline", "tensors_in"]

@@ -1,0 +1,64 @@
+"""Every name of the modules and tensors of a model, and the path to one of them from inside a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+# GraphModule's own attributes: what a model calls by one of these names gets another name in its GraphModule.
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+
+
+def safe(name: str) -> str:
+    """The name of a child, parameter or buffer in a GraphModule."""
+    return f"_own_{name}" if name in RESERVED else name
+
+
+class Names:
+    """First FQN of each module, parameter and buffer -> all of its FQNs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.first = {id(module): fqn for fqn, module in model.named_modules()}
+        self._by_fqn = dict(model.named_modules(remove_duplicate=False))
+        self._modules = _aliases(self._by_fqn.items())
+        tensors = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
+        self._tensors = _aliases(item for items in tensors for item in items)
+
+    def module_path(self, fqn: str, inside: str) -> str:
+        """Path of module `fqn` from module `inside`; "" when it does not lie in it."""
+        return _relative(self._modules[fqn], inside)
+
+    def tensor_path(self, fqn: str, inside: str) -> str:
+        """Path of a parameter or buffer from module `inside`; "" when it does not lie in it."""
+        return _relative(self._tensors[fqn], inside)
+
+    def has(self, fqn: str, name: str) -> bool:
+        """Whether module `fqn` has something of this name below it."""
+        own = vars(self._by_fqn[fqn])
+        return any(name in own[table] for table in ("_modules", "_parameters", "_buffers"))
+
+    def target(self, path: str, inside: str, outlined: set[str]) -> str:
+        """The path as an attribute path where the modules in `outlined` (first FQNs) are GraphModules."""
+        parts: list[str] = []
+        at = inside
+        for part in path.split("."):
+            is_graph = self.first[id(self._by_fqn[at])] in outlined
+            parts.append(safe(part) if is_graph else part)
+            at = f"{at}.{part}" if at else part
+        return ".".join(parts)
+
+
+def _aliases(named: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
+    by_id: dict[int, list[str]] = {}
+    for fqn, item in named:
+        by_id.setdefault(id(item), []).append(fqn)
+    return {fqns[0]: tuple(fqns) for fqns in by_id.values()}
+
+
+def _relative(aliases: tuple[str, ...], inside: str) -> str:
+    if not inside:
+        return aliases[0]
+    found = (alias for alias in aliases if alias.startswith(f"{inside}."))
+    return next(found, inside)[len(inside) + 1 :]
