@@ -1,0 +1,106 @@
+"""The public zoo: runs every check on public architectures, each in a process of its own, and writes the table.
+
+    python tools/zoo.py sweep timm --results zoo.jsonl
+    python tools/zoo.py one hand-made/lstm
+    python tools/zoo.py table zoo.jsonl --out COVERAGE.md
+
+A sweep that was interrupted goes on where it stopped: cases that are in the results are skipped.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tools.zoo_cases.cases import Case
+from tools.zoo_cases.checks import check
+from tools.zoo_cases.isolation import run_isolated
+from tools.zoo_cases.table import markdown
+
+LIBRARIES = ("hand-made", "timm", "torchvision", "transformers", "diffusers", "torch_geometric")
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+def load_cases(library: str) -> list[Case]:
+    """The cases of one library; importing it can take seconds."""
+    name = {"hand-made": "hard_cases"}.get(library, f"{library}_models")
+    return list(importlib.import_module(f"tools.zoo_cases.{name}").cases())
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each case by key."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return {row["key"]: row for row in rows}
+
+
+@app.command()
+def sweep(
+    libraries: Annotated[list[str] | None, typer.Argument(help="hand-made, timm, ...; all without")] = None,
+    results: Annotated[Path, typer.Option(help="one JSON line a case; added to")] = Path("zoo.jsonl"),
+    only: Annotated[str, typer.Option(help="glob of LIBRARY/NAME")] = "*",
+    redo: Annotated[str, typer.Option(help="cases with this status are run again: failed, passed, ... or all")] = "",
+    seconds: Annotated[float, typer.Option(help="time limit of a case")] = 180,
+) -> None:
+    """Run the cases that are not in the results yet."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    for library in libraries or LIBRARIES:
+        for case in _wanted(load_cases(library), only, read_results(results), redo):
+            row: dict[str, Any] = run_isolated(case, seconds)
+            row["commit"] = _commit()
+            counts[row["status"]] += 1
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            causes = "; ".join(f"{name}: {cause[:160]}" for name, cause in row["failures"].items())
+            typer.echo(f"{row['status']:>12} {row['facts']['seconds']:6.1f} s  {case.key}  {causes}")
+    typer.echo(", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing to run")
+
+
+@app.command()
+def one(key: Annotated[str, typer.Argument(help="LIBRARY/NAME")]) -> None:
+    """Check one case in this process and print its result."""
+    case = next((case for case in load_cases(key.partition("/")[0]) if case.key == key), None)
+    if case is None:
+        typer.echo(f"error: no case {key!r}", err=True)
+        raise typer.Exit(2)
+    typer.echo(json.dumps(asdict(check(case)), indent=1))
+
+
+@app.command()
+def table(
+    results: Annotated[Path, typer.Argument(help="what `sweep` wrote")],
+    out: Annotated[Path, typer.Option(help="the Markdown file to write")] = Path("COVERAGE.md"),
+) -> None:
+    """Write the coverage table."""
+    out.write_text(markdown(list(read_results(results).values())))
+
+
+def _wanted(cases: list[Case], only: str, done: dict[str, dict[str, Any]], redo: str) -> Iterator[Case]:
+    for case in cases:
+        status = done[case.key]["status"] if case.key in done else ""
+        if fnmatch.fnmatch(case.key, only) and (not status or redo in ("all", status)):
+            yield case
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,69 @@
+"""torchvision: every model of its registry."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tools.zoo_cases.cases import Case, Inputs
+from tools.zoo_cases.torchvision_ops import install
+
+install()
+models: Any = importlib.import_module("torchvision.models")
+
+# Sizes that a model insists on; the others take small images.
+SIZES = {"inception_v3": 128, "googlenet": 96, "alexnet": 96, "maxvit_t": 224}
+FIXED_SIZE = ("vit_",)
+VIDEO_SIZES = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 224)}
+NUM_CLASSES = 10
+
+
+def cases() -> list[Case]:
+    """One case a model, in the order of the registry."""
+    return [_case(name) for name in models.list_models()]
+
+
+def _case(name: str) -> Case:
+    family = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+    return Case("torchvision", family, name, partial(_build, name), partial(_batch, name, family))
+
+
+def _build(name: str) -> nn.Module:
+    options: dict[str, Any] = {"weights": None}
+    family = models.get_model_builder(name).__module__
+    if "detection" in family or "segmentation" in family:
+        options |= {"weights_backbone": None, "num_classes": NUM_CLASSES}
+    if "detection" in family:
+        # The default resizes every image to 800 pixels.
+        options |= {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False}
+    return models.get_model(name, **options)
+
+
+def _batch(name: str, family: str, size: int) -> Inputs:
+    if "detection" in family:
+        images = [torch.rand(3, 96, 96) for _ in range(size)]
+        return Inputs((images, [_target(family) for _ in images]))
+    if "video" in family:
+        frames, pixels = VIDEO_SIZES.get(name, (8, 224 if "swin" in name else 64))
+        return Inputs((torch.randn(size, 3, frames, pixels, pixels),))
+    if "optical_flow" in family:
+        return Inputs((torch.rand(size, 3, 128, 128), torch.rand(size, 3, 128, 128)), {"num_flow_updates": 3})
+    pixels = 224 if name.startswith(FIXED_SIZE) else SIZES.get(name, 64)
+    return Inputs((torch.randn(size, 3, pixels, pixels),))
+
+
+def _target(family: str) -> dict[str, Tensor]:
+    corner = torch.rand(2, 2) * 40
+    boxes = torch.cat((corner, corner + 20 + torch.rand(2, 2) * 30), 1)
+    target = {"boxes": boxes, "labels": torch.randint(1, NUM_CLASSES, (2,))}
+    if family.endswith("mask_rcnn"):
+        target["masks"] = torch.randint(0, 2, (2, 96, 96), dtype=torch.uint8)
+    if family.endswith("keypoint_rcnn"):
+        target["keypoints"] = torch.cat((torch.rand(2, 17, 2) * 90, torch.ones(2, 17, 1)), 2)
+    return target

@@ -1,0 +1,110 @@
+"""Makes torchvision's operators work beside a torch that its binary library was not built for.
+
+The wheel of torchvision is built for CUDA; with the CPU build of torch its library does not load, and the import fails.
+`install` defines the operators before that, and gives those that models need an implementation in plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.library import Library
+
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold, float s, int z, float s2) -> Tensor",
+    "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio, bool aligned) -> Tensor",
+    "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor, Tensor)",
+    "ps_roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio) -> (Tensor, Tensor)",
+    "ps_roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor, Tensor)",
+    "deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, "
+    "SymInt stride_w, SymInt pad_h, SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, "
+    "SymInt offset_groups, bool use_mask) -> Tensor",
+    "_cuda_version() -> int",
+)
+# Modules that look for the binary library before they call an operator.
+CHECKED = ("boxes", "deform_conv", "ps_roi_align", "ps_roi_pool", "roi_align", "roi_pool")
+# Definitions last as long as the library object.
+_LIBRARIES: list[Library] = []
+
+
+def install() -> None:
+    """Define the operators unless torchvision's own are there; call before the first import of torchvision."""
+    if _LIBRARIES or hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = Library("torchvision", "DEF")
+    _LIBRARIES.append(library)
+    for schema in SCHEMAS:
+        library.define(schema)
+    library.impl("nms", nms, "CompositeExplicitAutograd")
+    library.impl("deform_conv2d", deform_conv2d, "CompositeImplicitAutograd")
+    library.impl("_cuda_version", lambda: -1, "CompositeImplicitAutograd")
+    modules = {name: importlib.import_module(f"torchvision.ops.{name}") for name in CHECKED}
+    # torchvision's own fallback in plain torch, taken only under a compiler otherwise.
+    library.impl("roi_align", vars(modules["roi_align"])["_roi_align"], "CompositeImplicitAutograd")
+    for module in modules.values():
+        vars(module)["_assert_has_ops"] = lambda: None
+    vars(modules["roi_align"])["_has_ops"] = lambda: True
+
+
+def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes that stay, best first; `dets` is [N, 4] as x1, y1, x2, y2."""
+    order = scores.argsort(descending=True, stable=True)
+    areas = (dets[:, 2] - dets[:, 0]) * (dets[:, 3] - dets[:, 1])
+    keep: list[Tensor] = []
+    while order.numel():
+        best, rest = order[0], order[1:]
+        keep.append(best)
+        size = (torch.minimum(dets[best, 2:], dets[rest, 2:]) - torch.maximum(dets[best, :2], dets[rest, :2])).clamp(0)
+        overlap = size.prod(1)
+        order = rest[overlap / (areas[best] + areas[rest] - overlap) <= iou_threshold]
+    return torch.stack(keep) if keep else order
+
+
+def deform_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Tensor:
+    """Convolution that samples at `offset` [batch, 2 * offset_groups * kh * kw, height, width], bilinear, 0 outside."""
+    (num, _, high, wide), (kh, kw) = input.shape, weight.shape[2:]
+    rows, columns = offset.shape[2:]
+    moves = rearrange(offset, "n (o k two) h w -> n o k two h w", k=kh * kw, two=2)
+    tap_y = (_count(kh, input) * dilation_h).repeat_interleave(kw).view(-1, 1, 1)
+    tap_x = (_count(kw, input) * dilation_w).repeat(kh).view(-1, 1, 1)
+    y = moves[:, :, :, 0] + tap_y + (_count(rows, input) * stride_h - pad_h).view(-1, 1)
+    x = moves[:, :, :, 1] + tap_x + (_count(columns, input) * stride_w - pad_w)
+    grid = torch.stack((2 * x / max(wide - 1, 1) - 1, 2 * y / max(high - 1, 1) - 1), -1)
+    planes = rearrange(input, "n (o c) h w -> (n o) c h w", o=offset_groups)
+    taps = F.grid_sample(planes, rearrange(grid, "n o k h w two -> (n o) (k h) w two"), align_corners=True)
+    taps = rearrange(taps, "(n o) c (k h) w -> n o c k h w", n=num, h=rows)
+    if use_mask:
+        taps = taps * rearrange(mask, "n (o k) h w -> n o 1 k h w", o=offset_groups)
+    taps = rearrange(taps, "n o c k h w -> n (o c) k h w")
+    taps = rearrange(taps, "n (g c) k h w -> n g c k h w", g=groups)
+    kernel = rearrange(weight, "(g o) c kh kw -> g o c (kh kw)", g=groups)
+    out = einsum(kernel, taps, "g o c k, n g c k h w -> n g o h w")
+    return rearrange(out, "n g o h w -> n (g o) h w") + bias.view(1, -1, 1, 1)
+
+
+def _count(num: int, like: Tensor) -> Tensor:
+    return torch.arange(num, device=like.device, dtype=like.dtype)
