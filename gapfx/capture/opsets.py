@@ -45,7 +45,7 @@ VIEWS = _words("""
     cat concat concatenate stack hstack vstack dstack block_diag
     to type type_as float half bfloat16 double data clone contiguous detach alias identity
     _to_copy _unsafe_view _reshape_alias unsafe_chunk unsafe_split unsafe_split_with_sizes lift_fresh
-    constant_pad_nd as_strided
+    constant_pad_nd as_strided view_as_complex view_as_real
 """)
 # Those that leave every element at its place.
 CASTS = _words("to type type_as float half bfloat16 double data clone contiguous detach alias identity _to_copy")
