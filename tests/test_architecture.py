@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "layers": "errors capture",
     "owners": "errors capture",
     "realise": "errors capture masks ops owners",
+    "emit": "capture owners compiler text",
     "text": "errors plan pattern schedule capture quantities",
     "compiler": "errors registry options plan capture owners realise text",
     "passes": "errors registry allocation chains globs plan pattern criterion masks ops capture layers owners compiler",

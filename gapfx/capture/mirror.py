@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
 from gapfx.capture.facts import Capture
 from gapfx.capture.leaves import is_script
-from gapfx.capture.names import Names, safe
+from gapfx.capture.names import Names
+
+# The child that holds constant tensors, and tensors whose names cannot be written in code.
+TENSORS = "_tensors"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,14 @@ class Called:
 
 @dataclass(frozen=True)
 class Parts:
-    """By first FQN of a module: its bodies, what it calls under names of its own, the objects that it reads."""
+    """By first FQN of a module: its bodies, and what these call and read under names that the model does not have.
+
+    `attributes` are nodes of the flat graph that read an object or a tensor.
+    """
 
     bodies: dict[str, list[Body]]
     links: dict[str, dict[str, Called]]
-    attributes: dict[str, set[str]]
+    attributes: dict[str, dict[str, fx.Node]]
 
 
 class Link(nn.Module):
@@ -93,7 +100,7 @@ class _Mirror:
                 link.target = (self._callee(called),)
         for (fqn, index), module in self._bodies.items():
             if isinstance(module, fx.GraphModule):
-                module.graph = self.parts.bodies[fqn][index].graph
+                _set_graph(module, self.parts.bodies[fqn][index].graph)
         return root
 
     def _mirror(self, module: nn.Module) -> nn.Module:
@@ -119,27 +126,24 @@ class _Mirror:
         kind = fx.GraphModule if fqn else Outlined
         gm = kind(nn.Module(), fx.Graph(), class_name=type(module).__name__)
         own, tables = vars(module), vars(gm)
-        for table in ("_parameters", "_buffers"):
-            has_other_name = any(safe(name) != name for name in own[table])
-            tables[table] = {safe(name): item for name, item in own[table].items()} if has_other_name else own[table]
-        tables["_non_persistent_buffers_set"] = {safe(name) for name in own["_non_persistent_buffers_set"]}
-        tables["_modules"].update({safe(name): child for name, child in children.items()})
+        tables.update({table: own[table] for table in ("_parameters", "_buffers", "_non_persistent_buffers_set")})
+        tables["_modules"].update(children)
         tables["_modules"].update({name: Link() for name in self.parts.links.get(fqn, ())})
-        self._add_attributes(gm, self.parts.attributes.get(fqn, set()))
+        self._add_attributes(gm, self.parts.attributes.get(fqn, {}))
         gm.training = module.training
         return gm
 
-    def _add_attributes(self, gm: fx.GraphModule, names: set[str]) -> None:
-        """Boxes as children, constant tensors as buffers of one child, so that no state_dict key is added."""
-        constants = nn.Module()
-        for name in sorted(names):
-            item: Any = getattr(self._flat, name)
+    def _add_attributes(self, gm: fx.GraphModule, attributes: Mapping[str, fx.Node]) -> None:
+        """Boxes as children, tensors as buffers of one child, so that no state_dict key is added."""
+        tensors = nn.Module()
+        for name, node in attributes.items():
+            item: Any = operator.attrgetter(str(node.target))(self._flat)
             if isinstance(item, nn.Module):
                 gm.add_module(name, item)
             else:
-                constants.register_buffer(name, item, persistent=False)
-        if vars(constants)["_buffers"]:
-            gm.add_module("_constants", constants)
+                tensors.register_buffer(name, item, persistent=False)
+        if vars(tensors)["_buffers"]:
+            gm.add_module(TENSORS, tensors)
 
     def _add_bodies(self, fqn: str, count: int) -> None:
         """The GraphModule at the module's place runs one body; each other body shares all that it holds."""
@@ -157,3 +161,8 @@ class _Mirror:
         if called.body is None:
             return self._mirror(self._by_fqn[called.fqn])
         return self._bodies[called.fqn, called.body]
+
+
+def _set_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Assign by the property itself: a child or parameter called `graph` would take the place of an assignment."""
+    cast(Any, fx.GraphModule.graph).fset(module, graph)

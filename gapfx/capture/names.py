@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 
-# GraphModule's own attributes: what a model calls by one of these names gets another name in its GraphModule.
+# GraphModule's own attributes hide what a model calls by one of these names.
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
 
 
-def safe(name: str) -> str:
-    """The name of a child, parameter or buffer in a GraphModule."""
-    return f"_own_{name}" if name in RESERVED else name
+def is_plain(path: str) -> bool:
+    """Whether generated code can write the path as attributes of a GraphModule."""
+    return not any(part in RESERVED or keyword.iskeyword(part) for part in path.split("."))
 
 
 class Names:
@@ -38,16 +39,6 @@ class Names:
         """Whether module `fqn` has something of this name below it."""
         own = vars(self._by_fqn[fqn])
         return any(name in own[table] for table in ("_modules", "_parameters", "_buffers"))
-
-    def target(self, path: str, inside: str, outlined: set[str]) -> str:
-        """The path as an attribute path where the modules in `outlined` (first FQNs) are GraphModules."""
-        parts: list[str] = []
-        at = inside
-        for part in path.split("."):
-            is_graph = self.first[id(self._by_fqn[at])] in outlined
-            parts.append(safe(part) if is_graph else part)
-            at = f"{at}.{part}" if at else part
-        return ".".join(parts)
 
 
 def _aliases(named: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from gapfx.capture.facts import Capture
-from gapfx.capture.mirror import Called, Outlined, Parts, body_of, build_tree
-from gapfx.capture.names import Names
+from gapfx.capture.mirror import TENSORS, Called, Outlined, Parts, body_of, build_tree
+from gapfx.capture.names import Names, is_plain
 from gapfx.errors import CaptureError
 
 KEPT_META = ("shape", "fn", "kind", "fqn")
@@ -23,10 +23,10 @@ def outline(train: Capture, evaluation: Capture | None = None) -> fx.GraphModule
     """A GraphModule for each module whose forward was recorded op by op, its children under the names of the model.
 
     It takes and returns what `train.graph_module` does. Parameters, buffers and all modules that were not recorded op
-    by op (leaves, modules never called) are the model's own, so FQNs and state_dict keys are the model's too, but for
-    names that a GraphModule has itself (`code` becomes `_own_code`). A module that ran again by other code has a body
-    for each, reached through a `Link` child of its caller; so has a module that its caller does not hold. With a
-    recording of the same model in eval, `training` of the root says which forward runs.
+    by op (leaves, modules never called) are the model's own, so FQNs and state_dict keys are the model's too. A module
+    that ran again by other code has a body for each, reached through a `Link` child of its caller, as are modules that
+    the caller does not hold or cannot name. With a recording of the same model in eval, `training` of the root says
+    which forward runs.
 
     Raises CaptureError when the two recordings are of different models.
     """
@@ -59,9 +59,8 @@ class Outliner:
         self.names = Names(capture.model)
         graph = capture.graph_module.graph
         self.calls = {node: calls_around(node) for node in graph.nodes if node.op.startswith("call_")}
-        self.outlined = {"", *(fqn for calls in self.calls.values() for fqn, _ in calls)}
         self.returned = graph.output_node().args[0]
-        self.parts = Parts(defaultdict(list), defaultdict(dict), defaultdict(set))
+        self.parts = Parts(defaultdict(list), defaultdict(dict), defaultdict(dict))
 
     def add_body(
         self, fqn: str, depth: int, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: list[fx.Node] | None
@@ -153,17 +152,21 @@ class Scope:
         return self.graph.create_node(op, target, args, kwargs, name=f"{name}_" if name in ("self", "torch") else name)
 
     def _attribute(self, node: fx.Node) -> str:
-        names, parts = self._outliner.names, self._outliner.parts
+        path, attributes = "", self._outliner.parts.attributes[self.fqn]
         if "fqn" in node.meta:
-            return names.target(names.tensor_path(node.meta["fqn"], self.fqn), self.fqn, self._outliner.outlined)
-        parts.attributes[self.fqn].add(str(node.target))
-        return f"_constants.{node.target}" if node.meta.get("kind") == "constant" else str(node.target)
+            path = self._outliner.names.tensor_path(node.meta["fqn"], self.fqn)
+            if is_plain(path):
+                return path
+        name = path.replace(".", "_") or str(node.target)
+        while attributes.setdefault(name, node) is not node:
+            name += "_"
+        return name if node.meta["kind"] == "object" else f"{TENSORS}.{name}"
 
     def _module_target(self, fqn: str, body: int | None) -> str:
         names, links = self._outliner.names, self._outliner.parts.links[self.fqn]
         path = names.module_path(fqn, self.fqn)
-        if path and not body:
-            return names.target(path, self.fqn, self._outliner.outlined)
+        if path and not body and is_plain(path):
+            return path
         name = path.replace(".", "_") if path else f"_foreign_{fqn.replace('.', '_')}"
         name, called = f"{name}__call{body + 1}" if body else name, Called(fqn, body)
         while links.get(name, called) != called or names.has(self.fqn, name):
