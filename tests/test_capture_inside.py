@@ -137,7 +137,7 @@ def test_the_use_is_in_the_recorded_graph_and_noted() -> None:
     node = next(node for node in found.graph_module.graph.nodes if node.name == use.node)
     assert node.meta["fn"] == "OwnProduct"
     assert found.notes == (
-        "the root: the autograd Function OwnProduct takes inner.weight, found inside as operands of mm",
+        "the root: the autograd Function OwnProduct uses inner.weight as an operand of mm, seen by the ops below it",
     )
 
 

@@ -60,7 +60,7 @@ def test_a_script_module_is_refused_as_the_root_and_noted_inside() -> None:
     with pytest.raises(CaptureError, match="the model is a ScriptModule"):
         capture(scripted(nn.Linear(4, 4)), lambda m: m(x()))
     recorded = capture(nn.Sequential(nn.Linear(4, 4), scripted(nn.Linear(4, 4))), lambda m: m(x()))
-    assert recorded.notes == ("1: a ScriptModule takes 1.weight, found inside as operands of addmm",)
+    assert recorded.notes == ("1: a ScriptModule uses 1.weight as an operand of addmm, seen by the ops below it",)
     assert recorded.parameters["1.weight"].role == "gemm"
     assert recorded.parameters["0.weight"].role == "gemm"
 

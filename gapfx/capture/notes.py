@@ -44,16 +44,18 @@ def _call_notes(watch: Watch) -> Iterator[str]:
 
 
 def _inside_notes(watch: Watch, uses: tuple[Use, ...]) -> Iterator[str]:
-    """Weights that are used where Python shows no op: taken as weights by what runs below, or dense."""
+    """Weights that calls use where Python shows no op, and those of which nothing is seen there."""
     hosts = {node.name: node for node in watch.recorder.graph.nodes if inside_of(node) is not None}
     taken: dict[tuple[str, str], dict[str, None]] = {}
     for use in uses:
-        if use.node not in hosts or not (use.role == "gemm" or use.reason):
+        if use.node not in hosts or not (use.role == "gemm" or use.reason.startswith("read inside")):
             continue
-        found = f"found inside as operands of {use.fn}" if use.role == "gemm" else f"stay dense: {use.reason}"
+        found = (
+            f"as an operand of {use.fn}, seen by the ops below it" if use.role == "gemm" else "in code that no op shows"
+        )
         taken.setdefault((f"{_name(use.user)}: {_opaque_name(hosts[use.node])}", found), {})[use.fqn] = None
     for (where, found), fqns in taken.items():
-        yield f"{where} takes {', '.join(fqns)}, {found}"
+        yield f"{where} uses {_some(list(fqns))} {found}"
 
 
 def _opaque_name(node: fx.Node) -> str:
