@@ -126,14 +126,26 @@ def plan_command(
     input_shapes: Annotated[
         str, typer.Option("--input", help="Shapes of the model's inputs for a task without data: '2x3x224x224'.")
     ] = "",
+    emit_graph: Annotated[
+        Path | None, typer.Option(help="Write the graph of the whole model after every pass to this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show groups, sparsity and phases without training."""
-    flags = _given(locals(), "task", "plan", "passes", "show_passes", "entry", "input_shapes", "as_json", "debug")
+    outside = ("task", "plan", "passes", "show_passes", "entry", "input_shapes", "emit_graph", "as_json", "debug")
+    flags = _given(locals(), *outside, "outside")
     from gapfx.commands import Source, show_plan
 
-    text = show_plan(Source(task, entry, flags), input_shapes, plan, passes, show_passes=show_passes, as_json=as_json)
+    text = show_plan(
+        Source(task, entry, flags),
+        input_shapes,
+        plan,
+        passes,
+        emit_graph=emit_graph,
+        show_passes=show_passes,
+        as_json=as_json,
+    )
     typer.echo(text)
 
 

@@ -68,26 +68,39 @@ def train_task(
 
 
 def show_plan(
-    source: Source, input_shapes: str, plan: Path | None, passes: str, *, show_passes: bool, as_json: bool
+    source: Source,
+    input_shapes: str,
+    plan: Path | None,
+    passes: str,
+    *,
+    emit_graph: Path | None,
+    show_passes: bool,
+    as_json: bool,
 ) -> str:
-    """Groups, weights and phases of a task as text or JSON."""
+    """Groups, weights and phases of a task as text or JSON. `emit_graph` gets the graph after every pass."""
+    _check_graph_file(emit_graph)
     task, settings = source.load()
+    from gapfx.emit import Emitter
     from gapfx.plan import Plan
     from gapfx.sparse import compile_model
     from gapfx.text import format_phases, format_plan
     from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
 
     given = Plan.load(plan) if plan else None
-    observer = _print_pass if show_passes else None
+    observer, emitter = _print_pass if show_passes else None, Emitter() if emit_graph else None
     if task.data and task.loss and not input_shapes:
         feed = make_feed(task, settings, rank=0, world_size=1)
-        compiled = compile_task(task, settings, feed, given, Request(Path(), passes=passes, observer=observer))
+        compiled = compile_task(
+            task, settings, feed, given, Request(Path(), passes=passes, observer=observer, emitter=emitter)
+        )
         made = with_phases(compiled.plan, settings, feed)
     else:
         model, inputs = build_model(task, settings), _inputs(task, input_shapes)
         options = compile_options(settings, passes)
-        compiled = compile_model(model, lambda m: m(*inputs), options, plan=given, observer=observer)
+        compiled = compile_model(model, lambda m: m(*inputs), options, plan=given, observer=observer, emitter=emitter)
         made = compiled.plan
+    if emit_graph and emitter:
+        emit_graph.write_text(emitter.text())
     if as_json:
         return made.to_json()
     parts = [
@@ -96,6 +109,16 @@ def show_plan(
         *(f"note: {note}" for note in compiled.notes),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _check_graph_file(path: Path | None) -> None:
+    """Only a graph that was written before is replaced."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {path.parent} does not exist", where="--emit-graph")
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(b"# captured")):
+        raise UserError(f"{path} exists and holds no graph of gapfx", where="--emit-graph", fix="name another file")
 
 
 def _inputs(task: Task, text: str) -> tuple[Any, ...]:

@@ -176,10 +176,14 @@ def realise(unit: Unit) -> Any:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. `observer` is told (pass name, text before, text after, nodes before, nodes after)."""
+    """Passes in order. `observer` is told (pass name, text before, text after, nodes before, nodes after).
+
+    `trace` is called with the name of each pass and the unit that it leaves.
+    """
 
     passes: tuple[Pass, ...]
     observer: Observer | None = None
+    trace: Callable[[str, Unit], object] | None = None
 
     def run(self, unit: Unit) -> Unit:
         """Run every pass on the unit and give it back.
@@ -210,6 +214,8 @@ class Pipeline:
                 owner.graph.recompile()
         if self.observer:
             self.observer(step.name, before[0], unit.text(), before[1], unit.num_nodes())
+        if self.trace:
+            self.trace(step.name, unit)
 
 
 def parse_pipeline(text: str, observer: Observer | None = None) -> Pipeline:

@@ -15,6 +15,7 @@ from gapfx.capture import capture
 from gapfx.capture.state import collector_paused
 from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
+from gapfx.emit import Emitter
 from gapfx.errors import PlanError, UserError
 from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
 from gapfx.passes import default_pipeline
@@ -63,23 +64,33 @@ def compile_model(
     *,
     plan: Plan | None = None,
     observer: Observer | None = None,
+    emitter: Emitter | None = None,
 ) -> Compiled:
-    """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place."""
+    """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place.
+
+    `emitter` gathers the text of the whole graph after each pass.
+    """
     with collector_paused():
-        return _compile(Unit(capture(model, run)), options, plan, observer)
+        return _compile(Unit(capture(model, run)), options, plan, observer, emitter)
 
 
-def _compile(unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None) -> Compiled:
+def _compile(
+    unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None, emitter: Emitter | None
+) -> Compiled:
     model = unit.capture.model
     if plan is not None:
         _check_rules(plan)
         plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})
         unit.assume(AllocateSparsity, plan)
-        Pipeline((InsertMasks(),), observer).run(unit)
+        pipeline = Pipeline((InsertMasks(),), observer)
     elif options.passes:
-        parse_pipeline(options.passes, observer).run(unit)
+        pipeline = parse_pipeline(options.passes, observer)
     else:
-        _pipeline(options, unit, observer).run(unit)
+        pipeline = _pipeline(options, unit, observer)
+    if emitter is not None:
+        emitter.begin(unit)
+        pipeline = dataclasses.replace(pipeline, trace=emitter.after)
+    pipeline.run(unit)
     made = unit.latest(AllocateSparsity)
     _check_masked(unit, made)
     notes = (*unit.capture.notes, *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
