@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapfx.capture import capture, capture_eval, outline, tensors_in
 from gapfx.masks import pack, stored_parameter, write_bits
 from gapfx.plan import Plan
 from gapfx.sparse import CompileOptions, compile_model
 from tools.zoo_cases.cases import Case, Inputs
 from tools.zoo_cases.running import Difference, Outcome, compare, eval_call, seed_all, train_call
 
-CHECKS = ("capture", "partition", "train", "eval", "batch", "keys")
+CHECKS = ("outline", "capture", "partition", "train", "eval", "batch", "keys")
 SPARSITY = 0.5
 Masks = Mapping[str, Tensor]
 
@@ -52,6 +53,7 @@ def check(case: Case) -> Result:
         result.status = "not runnable"
         result.failures["eager"] = str(error)
         return result
+    _attempt("outline", result, lambda: _check_outline(plain, inputs, eager, result))
     keys = list(plain.state_dict())
     plan = _attempt("capture", result, lambda: _compiled(plain, inputs, result))
     if plan is None:
@@ -103,6 +105,36 @@ def _eager(model: nn.Module, inputs: Inputs, result: Result) -> Difference:
     if difference.worst:
         result.facts["varies"] = f"{difference.worst:.1e} at {difference.where}"
     return difference
+
+
+def _check_outline(model: nn.Module, inputs: Inputs, eager: Difference, result: Result) -> None:
+    """The outline of recordings in train and in eval against the plain model."""
+
+    def run(module: nn.Module) -> Any:
+        return module(*inputs.args, **inputs.kwargs)
+
+    seed_all(1)
+    tree = outline(capture(model, run), capture_eval(model, run))
+    parameters = dict(model.named_parameters())
+    buffers = {fqn: buffer.clone() for fqn, buffer in model.named_buffers()}
+    replayed = Inputs(tuple(tensors_in((inputs.args, inputs.kwargs))))
+    outcomes: list[Outcome] = []
+    for module, given in ((model, inputs), (tree, replayed)):
+        outcomes.append(train_call(module, parameters, given, {}, buffers_of=model))
+        put_back(model, buffers)
+    _judge("outline", compare(outcomes[1], outcomes[0]), eager, result)
+    modes = [eval_call(module, given) for module, given in ((tree, replayed), (model, inputs))]
+    put_back(model, buffers)
+    _judge("outline eval", compare(*modes), eager, result)
+
+
+def _judge(check: str, difference: Difference, eager: Difference, result: Result) -> None:
+    """A failure when two outcomes differ by more than the tolerance, and by more than eager does from itself."""
+    result.facts[f"{check}_bits"] = difference.worst == 0
+    if difference.num_nan:
+        result.facts[f"{check}_nan"] = difference.num_nan
+    if not difference.is_equal and difference.worst > 10 * eager.worst:
+        result.fail(check, f"differs by {difference.worst:.1e} at {difference.where}")
 
 
 def put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -215,11 +247,7 @@ class _Pair:
         except Exception as error:
             self.result.fail(name, f"{type(error).__name__}: {error}")
             return
-        self.result.facts[f"{name}_bits"] = difference.worst == 0
-        if difference.num_nan:
-            self.result.facts[f"{name}_nan"] = difference.num_nan
-        if not difference.is_equal and difference.worst > 10 * self.eager.worst:
-            self.result.fail(name, f"differs by {difference.worst:.1e} at {difference.where}")
+        _judge(name, difference, self.eager, self.result)
 
 
 def peak_mib() -> float:

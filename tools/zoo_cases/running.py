@@ -58,7 +58,12 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
 
 
 def train_call(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Inputs, masks: Mapping[str, Tensor], seed: int = 1
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    inputs: Inputs,
+    masks: Mapping[str, Tensor],
+    seed: int = 1,
+    buffers_of: nn.Module | None = None,
 ) -> Outcome:
     """One forward, backward and step of gradient descent; gradients are multiplied by `masks` (float, by FQN).
 
@@ -78,9 +83,8 @@ def train_call(
         values[f"grad.{fqn}"] = grad.clone()
         values[f"step.{fqn}"] = parameter.detach() - STEP_SIZE * grad
         parameter.grad = None
-    values |= {
-        f"buffer.{fqn}": buffer.detach().clone() for fqn, buffer in model.named_buffers() if "_gapfx_" not in fqn
-    }
+    named = (buffers_of or model).named_buffers()
+    values |= {f"buffer.{fqn}": buffer.detach().clone() for fqn, buffer in named if "_gapfx_" not in fqn}
     return Outcome(values)
 
 
