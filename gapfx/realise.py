@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from gapfx.capture.late_code import generated_forward
 from gapfx.masks import MASK_PREFIX
 from gapfx.owners import Owner
 
@@ -72,7 +73,7 @@ def _structure(graph: fx.Graph) -> str:
 
 def _forward(owner: Owner) -> dict[str, Any]:
     owner.graph.recompile()
-    return {"forward": owner.graph.generated()}
+    return {"forward": generated_forward(owner.graph)}
 
 
 def _properties(base: type[nn.Module], owner: Owner) -> dict[str, Any]:

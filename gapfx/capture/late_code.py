@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 from typing import Any, cast
 
 from torch import fx
+
+KEYWORD_ATTRIBUTE = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b(?![\"'])")
+
+
+def spell_keywords(graph: fx.Graph) -> None:
+    """Let the code of a graph read modules and parameters that are called `class` or `lambda`."""
+
+    def spell(lines: list[str]) -> list[str]:
+        return [KEYWORD_ATTRIBUTE.sub(r'.__getattr__("\1")', line) for line in lines]
+
+    graph.on_generate_code(lambda _: spell)
 
 
 class LateGraphModule(fx.GraphModule):
@@ -16,19 +29,20 @@ class LateGraphModule(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Generate the code, which replaces this method, and run it."""
-        return self.generated()(self, *args, **kwargs)
-
-    def generated(self) -> Any:
-        """The generated forward, as a function of this module and its inputs."""
-        if type(self).forward is LateGraphModule.forward:
-            super().recompile()
-        return type(self).forward
+        return generated_forward(self)(self, *args, **kwargs)
 
     @property
     def code(self) -> str:
         """The Python code of the graph."""
-        self.generated()
+        generated_forward(self)
         return self._code
 
     def __reduce__(self) -> Any:
         return fx.GraphModule(self, self.graph, type(self).__name__).__reduce__()
+
+
+def generated_forward(gm: LateGraphModule) -> Any:
+    """The generated forward of a module as a function; no method, whose name a child could have."""
+    if type(gm).forward is LateGraphModule.forward:
+        fx.GraphModule.recompile(gm)
+    return type(gm).forward

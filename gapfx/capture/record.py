@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gapfx.capture.facts import Capture
-from gapfx.capture.late_code import LateGraphModule
+from gapfx.capture.late_code import LateGraphModule, spell_keywords
 from gapfx.capture.notes import find_notes
 from gapfx.capture.patches import Watch, watching
 from gapfx.capture.recorder import Recorder
@@ -78,6 +78,7 @@ def _graph_module(model: nn.Module, recorder: Recorder) -> fx.GraphModule:
         gm.add_module(name, box)
     for name, constant in recorder.values.constants.items():
         _add_constant(gm, name, constant)
+    spell_keywords(recorder.graph)
     gm.graph = recorder.graph
     gm.training = model.training
     return gm

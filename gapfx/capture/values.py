@@ -15,8 +15,8 @@ from torch.fx.node import _get_qualified_name, base_types  # pyright: ignore[rep
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-# GraphModule has properties of these names: a parameter or module called so needs another name in it.
-RESERVED = frozenset({"code", "graph"})
+from gapfx.capture.names import RESERVED
+
 MAX_DEPTH = 6
 
 
