@@ -281,6 +281,27 @@ def test_a_recording_in_eval_puts_every_training_flag_back() -> None:
     assert [module.training for module in model.modules()] == flags
 
 
+class Caches(nn.Module):
+    """Keeps what it computed in eval, with its gradient, for the next forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.cache, self.calls = nn.Linear(4, 4), dict[str, Tensor](), list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        if self.training:
+            return self.linear(x)
+        return self.cache.setdefault("y", self.linear(x))
+
+
+def test_caches_of_a_model_are_as_before_a_recording() -> None:
+    model = Caches()
+    outlined(model, torch.randn(2, 4))
+    assert model.cache == {}
+    assert model.calls == []
+
+
 def test_recordings_of_two_models_are_refused() -> None:
     first, second = (captured(mlp(), torch.randn(2, 6)) for _ in range(2))
     with pytest.raises(CaptureError, match="are of different models"):

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from gapfx.capture.leaves import is_script
 
-TABLES = ("_buffers", "_parameters", "_modules")
-
 
 @contextmanager
 def collector_paused() -> Generator[None]:
@@ -31,7 +29,10 @@ def collector_paused() -> Generator[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Generator[None]:
-    """Undo on exit, also after an error: RNG states, attributes of modules, and buffers (values and identity)."""
+    """Undo on exit, also after an error: RNG states, attributes of modules, and buffers (values and identity).
+
+    Attributes that are a dict, list or set get their content back too: models keep caches in them.
+    """
     with ExitStack() as undo:
         undo.callback(_rng_undo())
         for module in list(model.modules()):
@@ -62,15 +63,16 @@ def _rng_undo() -> Callable[[], None]:
 
 def _attributes_undo(module: nn.Module) -> Callable[[], None]:
     attributes = dict(vars(module))
-    tables = {name: dict(attributes[name]) for name in TABLES}
+    containers = [value for value in attributes.values() if type(value) in (dict, list, set)]
+    contents = [(container, container.copy()) for container in containers]
 
     def undo() -> None:
         now = vars(module)
         now.clear()
         now.update(attributes)
-        for name, entries in tables.items():
-            now[name].clear()
-            now[name].update(entries)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
     return undo
 
