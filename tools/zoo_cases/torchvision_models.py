@@ -16,10 +16,13 @@ install()
 models: Any = importlib.import_module("torchvision.models")
 
 # Sizes that a model insists on; the others take small images.
-SIZES = {"inception_v3": 128, "googlenet": 96, "alexnet": 96, "maxvit_t": 224}
+SIZES = {"inception_v3": 299, "googlenet": 96, "alexnet": 96, "maxvit_t": 224}
 FIXED_SIZE = ("vit_",)
 VIDEO_SIZES = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 224)}
 NUM_CLASSES = 10
+# Without a compiled operator each region costs milliseconds.
+PROPOSALS = {"rpn_pre_nms_top_n_train": 60, "rpn_post_nms_top_n_train": 30, "box_batch_size_per_image": 16}
+PROPOSALS |= {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
 
 
 def cases() -> list[Case]:
@@ -40,6 +43,7 @@ def _build(name: str) -> nn.Module:
     if "detection" in family:
         # The default resizes every image to 800 pixels.
         options |= {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
+        options |= PROPOSALS if "rcnn" in name else {}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False}
     return models.get_model(name, **options)

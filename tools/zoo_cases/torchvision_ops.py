@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -57,16 +58,17 @@ def install() -> None:
 
 def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes that stay, best first; `dets` is [N, 4] as x1, y1, x2, y2."""
-    order = scores.argsort(descending=True, stable=True)
-    areas = (dets[:, 2] - dets[:, 0]) * (dets[:, 3] - dets[:, 1])
-    keep: list[Tensor] = []
-    while order.numel():
+    # In numpy: thousands of tiny steps.
+    corners, order = dets.detach().double().numpy(), scores.detach().argsort(descending=True, stable=True).numpy()
+    areas = (corners[:, 2:] - corners[:, :2]).prod(1)
+    keep: list[int] = []
+    while len(order):
         best, rest = order[0], order[1:]
-        keep.append(best)
-        size = (torch.minimum(dets[best, 2:], dets[rest, 2:]) - torch.maximum(dets[best, :2], dets[rest, :2])).clamp(0)
-        overlap = size.prod(1)
+        keep.append(int(best))
+        low, high = np.maximum(corners[best, :2], corners[rest, :2]), np.minimum(corners[best, 2:], corners[rest, 2:])
+        overlap = (high - low).clip(0).prod(1)
         order = rest[overlap / (areas[best] + areas[rest] - overlap) <= iou_threshold]
-    return torch.stack(keep) if keep else order
+    return torch.tensor(keep, dtype=torch.int64)
 
 
 def deform_conv2d(
