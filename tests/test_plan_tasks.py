@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gapfx.commands import Source, show_plan
+import pytest
+
+from gapfx.cli import main
 
 TASKS = Path(__file__).parent / "tasks"
+Capsys = pytest.CaptureFixture[str]
 
 
-def lines_of_plan(name: str) -> list[str]:
-    source = Source(str(TASKS / f"{name}.py"), "", {})
-    text = show_plan(source, "", None, "", show_passes=False, as_json=False)
-    return [" ".join(line.split()) for line in text.splitlines()]
+def lines_of_plan(name: str, capsys: Capsys) -> list[str]:
+    assert main(["plan", str(TASKS / f"{name}.py")]) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_weight_in_an_autograd_function_is_planned_and_named() -> None:
-    lines = lines_of_plan("own_function")
+def test_a_weight_in_an_autograd_function_is_planned_and_named(capsys: Capsys) -> None:
+    lines = lines_of_plan("own_function", capsys)
     product = "the autograd Function Product uses"
     assert [line for line in lines if line.startswith("note")] == [
         f"note: 1: {product} 1.weight as an operand of mm, seen by the ops below it",
@@ -26,8 +28,8 @@ def test_a_weight_in_an_autograd_function_is_planned_and_named() -> None:
     assert any(line.startswith("all 4 704 ") for line in lines)
 
 
-def test_experts_that_the_batch_did_not_reach_are_planned_and_the_routing_is_named() -> None:
-    lines = lines_of_plan("routed")
+def test_experts_that_the_batch_did_not_reach_are_planned_and_the_routing_is_named(capsys: Capsys) -> None:
+    lines = lines_of_plan("routed", capsys)
     notes = [line for line in lines if line.startswith("note")]
     reached = "they are taken because modules of their class beside them were reached"
     assert notes[0].startswith("note: the model: this batch did not come to 10 weights (0.experts.0.up.weight, ")
@@ -39,8 +41,8 @@ def test_experts_that_the_batch_did_not_reach_are_planned_and_the_routing_is_nam
     assert any(line.startswith("all 19 2,144 ") for line in lines)
 
 
-def test_the_weights_of_a_script_module_are_told_apart() -> None:
-    lines = lines_of_plan("scripted")
+def test_the_weights_of_a_script_module_are_told_apart(capsys: Capsys) -> None:
+    lines = lines_of_plan("scripted", capsys)
     assert "note: 1: a ScriptModule uses 1.0.weight as an operand of addmm, seen by the ops below it" in lines
     assert "the scale or bias of native_layer_norm 2 32 1.2.weight, 1.2.bias" in lines
     assert any("1.0.weight" in line for line in lines)
