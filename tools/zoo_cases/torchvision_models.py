@@ -21,8 +21,13 @@ FIXED_SIZE = ("vit_",)
 VIDEO_SIZES = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 224)}
 NUM_CLASSES = 10
 # Without a compiled operator each region costs milliseconds.
-PROPOSALS: dict[str, Any] = {"rpn_pre_nms_top_n_train": 60, "rpn_post_nms_top_n_train": 30, "box_batch_size_per_image": 16}
-PROPOSALS |= {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
+PROPOSALS = {
+    "rpn_pre_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_train": 30,
+    "rpn_pre_nms_top_n_test": 60,
+    "rpn_post_nms_top_n_test": 30,
+    "box_batch_size_per_image": 16,
+}
 
 
 def cases() -> list[Case]:
