@@ -10,6 +10,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# The programs under tools/ are tested too. Last, so that the installed gapfx comes before the one of the checkout.
+sys.path.append(str(Path(__file__).parent.parent))
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads, in this process and in the ranks it starts
 
 # The same examples in every run, and no time limit on one: a busy machine is not a defect.
