@@ -170,7 +170,7 @@ def _default(kind: type[Analysis[FactT]]) -> Analysis[FactT] | None:
 
 def realise(unit: Unit) -> Any:
     """The model of the capture, same object, its owners following their rewritten graphs from now on."""
-    realise_owners(unit.owners.values())
+    realise_owners(unit.capture.model, unit.owners.values())
     return unit.capture.model
 
 

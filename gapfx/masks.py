@@ -1,7 +1,8 @@
 """Masks at one bit a weight, and where they sit in a masked module.
 
 Polarity: True (bit 1) = kept. Bit `i` of byte `b` is flat weight `8 b + i` (least significant bit first). The bits
-of parameter `name` are the non-persistent buffer `_gapfx_mask_<name>` of the module that owns the parameter.
+of parameter `name` are the non-persistent buffer `_gapfx_mask_<name>` of the module that owns the parameter. A
+ScriptModule takes no buffers: bits of `child.name` in it are `_gapfx_mask_<child>:<name>` of the module around it.
 """
 
 from __future__ import annotations
@@ -76,10 +77,20 @@ def stored_parameter(module: nn.Module, fqn: str) -> nn.Parameter:
     return cast(nn.Parameter, vars(module.get_submodule(owner))["_parameters"][name])
 
 
+def mask_home(module: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    """The module that holds the bits of parameter `fqn`, and the name of the buffer there."""
+    path, name = split_fqn(fqn)
+    home = module.get_submodule(path)
+    while path and isinstance(home, torch.jit.ScriptModule):
+        path, child = split_fqn(path)
+        home, name = module.get_submodule(path), f"{child}:{name}"
+    return home, MASK_PREFIX + name
+
+
 def bits_of(module: nn.Module, fqn: str) -> Tensor:
     """The packed mask buffer of parameter `fqn`; raises AttributeError when it has no mask."""
-    owner, name = split_fqn(fqn)
-    return cast(Tensor, getattr(module.get_submodule(owner), MASK_PREFIX + name))
+    home, name = mask_home(module, fqn)
+    return cast(Tensor, getattr(home, name))
 
 
 def write_bits(module: nn.Module, fqn: str, bits: Tensor) -> None:

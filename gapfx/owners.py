@@ -6,17 +6,18 @@ subclass of its class. So every op put into it runs inside the owner's forward, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
 from gapfx.capture import Capture
 from gapfx.capture.late_code import LateGraphModule
+from gapfx.capture.leaves import is_script
 
-Form = Literal["forward", "read"]
+Form = Literal["forward", "read", "in-place"]
 
 # Their forwards are pure in the weight, and a trace of them alone says everything.
 TRACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -31,7 +32,8 @@ class Owner:
     """A module that holds weights, and the graph in which rewrites edit how they are used.
 
     Form "forward": `graph` is the module's own forward. Form "read": `graph` holds the reads alone, its output is a
-    dict from parameter name to value; `reason` says why. `names` are the weights in the module.
+    dict from parameter name to value; `reason` says why. Form "in-place": the same graph, for a module whose reads
+    cannot be changed: what it does to a weight is done to the parameter itself. `names` are the weights in the module.
     """
 
     fqn: str
@@ -72,7 +74,8 @@ def build_owners(capture: Capture) -> dict[str, Owner]:
     outside: dict[str, str] = {}
     foreign = _foreign_users(capture)
     for weight, path, name in holders(capture):
-        if capture.parameters[weight].role in ("gemm", "embedding"):
+        stored: object = vars(capture.model.get_submodule(path))["_parameters"][name]
+        if capture.parameters[weight].role in ("gemm", "embedding") and isinstance(stored, nn.Parameter):
             names.setdefault(path, []).append(name)
             if weight in foreign:
                 outside[path] = f"{name} is read from outside, by {foreign[weight]}"
@@ -99,6 +102,9 @@ def _build(
     model: nn.Module, path: str, names: tuple[str, ...], outside: str, traces: dict[tuple[Any, ...], fx.Graph]
 ) -> Owner:
     module = model.get_submodule(path)
+    if is_script(module):
+        reason = f"{path} is a ScriptModule: it runs outside of Python"
+        return _with_shapes(Owner(path, module, names, _reads(module, names), "in-place", reason))
     reason = outside or _read_by_parent(model, path) or _not_traceable(module)
     if not reason:
         traced = LateGraphModule(module, _trace(module, traces), type(module).__name__)
@@ -156,6 +162,7 @@ def _reads(module: nn.Module, names: tuple[str, ...]) -> LateGraphModule:
     return LateGraphModule(held, graph, type(module).__name__)
 
 
-def packed_buffer(owner: Owner, name: str) -> torch.Tensor | None:
-    """The buffer `name` of the owner: the module's own when it has been realised, else the one in the graph."""
-    return vars(owner.module)["_buffers"].get(name, getattr(owner.graph, name, None))
+def in_reads(owner: Owner, form: Form, reason: str) -> Owner:
+    """The same owner in a form whose graph holds the reads alone, without any rewrite."""
+    graph = _reads(owner.module, owner.names)
+    return _with_shapes(dataclasses.replace(owner, graph=graph, form=form, reason=reason))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from gapfx.capture.late_code import generated_forward
-from gapfx.masks import MASK_PREFIX
+from gapfx.in_place import mask_in_place
+from gapfx.masks import MASK_PREFIX, mask_home
 from gapfx.owners import Owner
 
 # (class, form, code) -> subclass: equal layers share one, so torch.compile guards on few types.
@@ -17,34 +19,61 @@ _SUBCLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 _BASE = "_gapfx_base"
 
 
-def realise_owners(owners: Iterable[Owner]) -> None:
-    """Install the graph of each owner that has masks, and undo the others; objects and FQNs stay the same."""
+def realise_owners(model: nn.Module, owners: Iterable[Owner]) -> None:
+    """Install the graph of each owner in `model` that has masks, and undo the others; objects and FQNs stay the same."""
+    in_place: list[str] = []
     for owner in owners:
         bits = {name: buffer for name, buffer in owner.graph.named_buffers() if name.startswith(MASK_PREFIX)}
-        if bits:
-            _install(owner, bits)
-        elif hasattr(type(owner.module), _BASE):
-            _uninstall(owner.module)
+        for name in owner.names:
+            _hold_bits(model, _fqn(owner, name), bits.get(MASK_PREFIX + name))
+        is_subclass = bool(bits) and owner.form != "in-place"
+        _set_class(owner.module, _subclass(base_of(owner.module), owner) if is_subclass else base_of(owner.module))
+        if owner.form == "in-place":
+            in_place += [_fqn(owner, name.removeprefix(MASK_PREFIX)) for name in bits]
+    mask_in_place(model, tuple(in_place))
 
 
-def _install(owner: Owner, bits: Mapping[str, Tensor]) -> None:
-    module = owner.module
-    base: type[nn.Module] = getattr(type(module), _BASE, type(module))
-    for name, buffer in bits.items():
-        if name not in vars(module)["_buffers"]:
-            module.register_buffer(name, buffer.clone(), persistent=False)
+@contextmanager
+def set_aside(owners: Iterable[Owner]) -> Generator[None]:
+    """Meanwhile the owners in form forward or read run their own code on their stored weights."""
+    modules = [owner.module for owner in owners if base_of(owner.module) is not type(owner.module)]
+    classes = [type(module) for module in modules]
+    try:
+        for module in modules:
+            _set_class(module, base_of(module))
+        yield
+    finally:
+        for module, cls in zip(modules, classes, strict=True):
+            _set_class(module, cls)
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class of the module without masks."""
+    return getattr(type(module), _BASE, type(module))
+
+
+def _fqn(owner: Owner, name: str) -> str:
+    return f"{owner.fqn}.{name}" if owner.fqn else name
+
+
+def _hold_bits(model: nn.Module, fqn: str, bits: Tensor | None) -> None:
+    home, name = mask_home(model, fqn)
+    is_held = name in vars(home)["_buffers"]
+    if bits is None and is_held:
+        delattr(home, name)
+    elif bits is not None and not is_held:
+        home.register_buffer(name, bits.clone(), persistent=False)
+
+
+def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
+    base = base_of(module)
+    # A wrapper such as FSDP2 may have put its own subclass on top of the one that is asked for.
+    if type(module) is target or (target is not base and isinstance(module, target)):
+        return
     if isinstance(module, nn.RNNBase):
         vars(module).pop("_flat_weights", None)  # raw tensors; the subclass reads the masked ones
-    target = _subclass(base, owner)
-    if not isinstance(module, target):  # a wrapper such as FSDP2 may have put its own subclass on top
-        cast(Any, module).__class__ = target
-
-
-def _uninstall(module: nn.Module) -> None:
-    module.__class__ = getattr(type(module), _BASE)
-    for name in [name for name in vars(module)["_buffers"] if name.startswith(MASK_PREFIX)]:
-        delattr(module, name)
-    if isinstance(module, nn.RNNBase):
+    cast(Any, module).__class__ = target
+    if isinstance(module, nn.RNNBase) and target is base:
         cast(Any, module)._init_flat_weights()
 
 

@@ -138,8 +138,8 @@ def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
 def _home_reason(model: nn.Module, parameter: Parameter) -> str:
     for fqn in (parameter.fqn, *parameter.aliases):
         home = model.get_submodule(fqn.rpartition(".")[0])
-        if isinstance(home, torch.jit.ScriptModule):
-            return "it belongs to a ScriptModule, whose weights cannot be masked"
+        if not isinstance(vars(home)["_parameters"][fqn.rpartition(".")[2]], nn.Parameter):
+            return "it is no parameter any more (a deep copy of a ScriptModule): an optimizer cannot train it"
         if isinstance(home, (nn.Embedding, nn.EmbeddingBag)) and home.max_norm is not None:
             return "its forward writes to it (max_norm)"
     return ""

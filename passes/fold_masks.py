@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from gapfx.compiler import Analysis, Rewrite, Unit, register
-from gapfx.masks import MASK_PREFIX, unpack
-from gapfx.owners import Owner, packed_buffer
+from gapfx.masks import MASK_PREFIX, mask_home, unpack
+from gapfx.owners import Owner
 from gapfx.passes.insert_masks import CAPTURE_FACTS
 
 
@@ -23,15 +24,18 @@ class FoldMasks(Rewrite):
 
     def apply(self, unit: Unit) -> bool:
         """Whether there was a mask."""
-        return any([_fold(owner, name) for owner in unit.owners.values() for name in owner.names])
+        return any([_fold(unit.capture.model, owner, name) for owner in unit.owners.values() for name in owner.names])
 
 
 @torch.no_grad()
-def _fold(owner: Owner, name: str) -> bool:
+def _fold(model: nn.Module, owner: Owner, name: str) -> bool:
     buffer = MASK_PREFIX + name
-    node, bits = owner.read(buffer), packed_buffer(owner, buffer)
-    if node is None or bits is None:
+    node = owner.read(buffer)
+    if node is None:
         return False
+    home, held = mask_home(model, f"{owner.fqn}.{name}" if owner.fqn else name)
+    # The module's own bits when it has been realised, else those in the graph.
+    bits = vars(home)["_buffers"].get(held, getattr(owner.graph, buffer))
     weight = owner.parameter(name)
     weight.masked_fill_(~unpack(bits, weight.shape), 0)
     for masked in list(node.users):
