@@ -7,6 +7,7 @@ The wheel of torchvision is built for CUDA; with the CPU build of torch its libr
 from __future__ import annotations
 
 import importlib
+import math
 
 import numpy as np
 import torch
@@ -49,8 +50,7 @@ def install() -> None:
     library.impl("deform_conv2d", deform_conv2d, "CompositeImplicitAutograd")
     library.impl("_cuda_version", lambda: -1, "CompositeImplicitAutograd")
     modules = {name: importlib.import_module(f"torchvision.ops.{name}") for name in CHECKED}
-    # torchvision's own fallback in plain torch, taken only under a compiler otherwise.
-    library.impl("roi_align", vars(modules["roi_align"])["_roi_align"], "CompositeImplicitAutograd")
+    library.impl("roi_align", roi_align, "CompositeImplicitAutograd")
     for module in modules.values():
         vars(module)["_assert_has_ops"] = lambda: None
     vars(modules["roi_align"])["_has_ops"] = lambda: True
@@ -69,6 +69,44 @@ def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         overlap = (high - low).clip(0).prod(1)
         order = rest[overlap / (areas[best] + areas[rest] - overlap) <= iou_threshold]
     return torch.tensor(keep, dtype=torch.int64)
+
+
+def roi_align(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Means of bilinear samples in each bin of each region [regions, channels, height, width].
+
+    `rois` is [regions, 5]: index of the image, x1, y1, x2, y2. A ratio of 0 or less takes as many samples as a bin has
+    pixels. torchvision's own version in plain torch samples every pixel of the image for each bin then.
+    """
+    corners = rois.detach()[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
+    sizes = (corners[:, 2:] - corners[:, :2]).clamp(min=0.0 if aligned else 1.0)
+    if not len(rois):
+        return input.new_zeros(0, input.shape[1], pooled_height, pooled_width) + 0 * input.sum()
+    regions: list[Tensor] = []
+    for image, (left, top), (wide, high) in zip(rois[:, 0].long(), corners[:, :2], sizes, strict=True):
+        y = _taps(float(top), float(high), pooled_height, sampling_ratio, input)
+        x = _taps(float(left), float(wide), pooled_width, sampling_ratio, input)
+        rows, columns = input.shape[2:]
+        grid = torch.stack(
+            torch.meshgrid(2 * x / max(columns - 1, 1) - 1, 2 * y / max(rows - 1, 1) - 1, indexing="xy"), -1
+        )
+        taps = F.grid_sample(input[image][None], grid[None], align_corners=True, padding_mode="border")
+        inside = ((y >= -1) & (y <= rows))[:, None] & ((x >= -1) & (x <= columns))
+        regions.append(F.adaptive_avg_pool2d(taps * inside, (pooled_height, pooled_width)))
+    return torch.cat(regions)
+
+
+def _taps(start: float, size: float, bins: int, ratio: int, like: Tensor) -> Tensor:
+    """Places of the samples along one side of a region: the same number in each bin."""
+    per_bin = ratio if ratio > 0 else max(math.ceil(size / bins), 1)
+    return start + (_count(bins * per_bin, like) + 0.5) * (size / (bins * per_bin))
 
 
 def deform_conv2d(
