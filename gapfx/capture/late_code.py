@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import keyword
 import re
 from typing import Any, cast
 
-from torch import fx
+from torch import fx, nn
 
 KEYWORD_ATTRIBUTE = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b(?![\"'])")
 
@@ -21,11 +22,25 @@ def spell_keywords(graph: fx.Graph) -> None:
 
 
 class LateGraphModule(fx.GraphModule):
-    """As GraphModule; the code is generated at the first call, and when it is asked for."""
+    """As GraphModule; the code is generated at the first call, and when it is asked for.
+
+    Until then the instance has no class of its own either: thousands of them would cost seconds.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An instance of this very class."""
+        return object.__new__(LateGraphModule)
+
+    def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name=LateGraphModule.__name__)  # which renames the class
+        self._class_name = class_name
+
+    def _deepcopy_init(self) -> Any:
+        return functools.partial(LateGraphModule.__init__, class_name=self._class_name)
 
     def recompile(self) -> Any:
         """Mark the code as out of date."""
-        cast(Any, type(self)).forward = LateGraphModule.forward  # torch gives every GraphModule a class of its own
+        cast(Any, self).__class__ = LateGraphModule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Generate the code, which replaces this method, and run it."""
@@ -38,11 +53,12 @@ class LateGraphModule(fx.GraphModule):
         return self._code
 
     def __reduce__(self) -> Any:
-        return fx.GraphModule(self, self.graph, type(self).__name__).__reduce__()
+        return fx.GraphModule(self, self.graph, self._class_name).__reduce__()
 
 
 def generated_forward(gm: LateGraphModule) -> Any:
     """The generated forward of a module as a function; no method, whose name a child could have."""
-    if type(gm).forward is LateGraphModule.forward:
+    if type(gm) is LateGraphModule:
+        cast(Any, gm).__class__ = type(vars(gm)["_class_name"], (LateGraphModule,), {})
         fx.GraphModule.recompile(gm)
     return type(gm).forward

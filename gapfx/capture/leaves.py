@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,13 +40,17 @@ def is_leaf(module: nn.Module, known: set[int]) -> bool:
     forward = getattr(type(module), "forward", None)
     if isinstance(module, CONTAINERS) or not str(getattr(forward, "__module__", "")).startswith("torch.nn.modules"):
         return False
-    if any(True for _ in module.children()) and not isinstance(module, WITH_CHILDREN):
+    if vars(module)["_modules"] and not isinstance(module, WITH_CHILDREN):
         return False
-    own = [vars(part) for part in module.modules()]
+    return all(_is_own(vars(part), known) for part in (module.modules() if vars(module)["_modules"] else (module,)))
+
+
+def _is_own(attributes: Mapping[str, Any], known: set[int]) -> bool:
+    parameters = (parameter for parameter in attributes["_parameters"].values() if parameter is not None)
     return (
-        not any(attributes[hooks] for attributes in own for hooks in HOOKS)
-        and not any(isinstance(value, torch.Tensor) for attributes in own for value in attributes.values())
-        and all(id(parameter) in known for parameter in module.parameters())
+        not any(attributes[hooks] for hooks in HOOKS)
+        and not any(isinstance(value, torch.Tensor) for value in attributes.values())
+        and all(id(parameter) in known for parameter in parameters)
     )
 
 

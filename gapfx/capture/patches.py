@@ -35,8 +35,8 @@ class Watch:
         self.output: Any = None
         self.first_call = ""
         self.unregistered: set[str] = set()
-        self._known = {id(parameter) for parameter in model.parameters()}
-        self._versions = {fqn: version(parameter) for fqn, parameter in model.named_parameters()}
+        self._parameters = [(fqn, parameter, version(parameter)) for fqn, parameter in model.named_parameters()]
+        self._known = {id(parameter) for _, parameter, _ in self._parameters}
         self._thread = threading.get_ident()
         self._is_recording = False
         self._autocasts: dict[int, fx.Node] = {}
@@ -48,8 +48,7 @@ class Watch:
 
     def written_parameters(self) -> list[str]:
         """FQNs of parameters written in place since the watch began."""
-        now = {fqn: version(parameter) for fqn, parameter in self.model.named_parameters()}
-        return [fqn for fqn, was in self._versions.items() if now.get(fqn, was) != was]
+        return [fqn for fqn, parameter, was in self._parameters if version(parameter) != was]
 
     def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What `module(*args, **kwargs)` does now."""

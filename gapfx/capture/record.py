@@ -22,6 +22,7 @@ from gapfx.capture.values import safe_target
 from gapfx.errors import CaptureError, GapfxError
 
 
+@collector_paused()
 def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
     """The recording of the first call of `model` that `run(model)` makes, from its call to its return.
 
@@ -31,7 +32,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
     refuse_model(model)
     recorder = Recorder(model)
     watch = Watch(model, recorder)
-    with collector_paused(), restored(model), _eager(), watching(watch):
+    with restored(model), _eager(), watching(watch):
         try:
             run(model)
         except GapfxError:

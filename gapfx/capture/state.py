@@ -17,13 +17,19 @@ from gapfx.capture.leaves import is_script
 
 @contextmanager
 def collector_paused() -> Generator[None]:
-    """No garbage collection meanwhile: many small objects that stay make it look through all others in vain."""
+    """No garbage collection meanwhile: many small objects that stay make it look through all others in vain.
+
+    Afterwards they count as old, so that the next collection of young objects need not look through them.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():  # what the program froze itself stays so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
