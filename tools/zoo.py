@@ -30,7 +30,7 @@ from tools.zoo_cases.checks import check
 from tools.zoo_cases.isolation import run_isolated
 from tools.zoo_cases.table import markdown
 
-LIBRARIES = ("hand-made", "timm", "torchvision", "diffusers", "torch_geometric")
+LIBRARIES = ("hand-made", "timm", "torchvision", "diffusers", "torch_geometric", "transformers")
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
