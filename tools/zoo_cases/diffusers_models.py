@@ -129,19 +129,28 @@ MODELS: Mapping[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
             "time_embedding_dim": 32,
             "groups": 4,
             "attention_head_dim": 8,
-            "layers_per_block": 1,
-            "block_out_channels": (32, 64),
+            "layers_per_block": 2,
+            "block_out_channels": (16, 16, 32, 32),
             "cross_attention_dim": 32,
             "encoder_hid_dim": 24,
         },
         lambda n: Inputs((_image(n, 4, 16), _times(n), torch.randn(n, 5, 24), torch.ones(n, 5))),
     ),
 }
+SAMPLE = (
+    "AutoencoderKL",
+    "ControlNetModel",
+    "DiTTransformer2DModel",
+    "FluxTransformer2DModel",
+    "UNet1DModel",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+)
 
 
 def cases() -> list[Case]:
     """One case a class."""
-    return [Case("diffusers", name, name, partial(_build, name), MODELS[name][1]) for name in MODELS]
+    return [Case("diffusers", name, name, partial(_build, name), MODELS[name][1], kind="diffusion") for name in MODELS]
 
 
 def _build(name: str) -> nn.Module:

@@ -17,6 +17,7 @@ from tools.zoo_cases.cases import Case, Inputs
 
 Forward = Callable[[Any, Tensor], Any]
 WIDTH = 8
+RECURRENT = ("rnn", "lstm", "lstm-projected", "gru", "rnn-cell", "lstm-cell", "gru-cell")
 
 
 class Made(nn.Module):
@@ -67,7 +68,8 @@ def cases() -> list[Case]:
 
 
 def _case(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Case:
-    return Case("hand-made", name, name, build, lambda size: Inputs((torch.randn(size, *shape),)))
+    kind = "recurrent" if name in RECURRENT else "one hard thing"
+    return Case("hand-made", name, name, build, lambda size: Inputs((torch.randn(size, *shape),)), kind=kind)
 
 
 def _weight(*shape: int) -> nn.Parameter:

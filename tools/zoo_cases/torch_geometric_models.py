@@ -43,6 +43,7 @@ CONVS: dict[str, dict[str, Any]] = {
 }
 # Whole models that take (in, hidden, layers, out).
 MODELS = ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN")
+SAMPLE = ("GCNConv", "GATv2Conv", "SAGEConv", "TransformerConv", "ChebConv", "FiLMConv", "GIN", "PNA")
 
 
 class TwoLayers(nn.Module):
@@ -68,7 +69,7 @@ def cases() -> list[Case]:
 
 
 def _case(name: str, build: Callable[[], nn.Module]) -> Case:
-    return Case("torch_geometric", name, name, build, _graphs)
+    return Case("torch_geometric", name, name, build, _graphs, kind="graph network")
 
 
 def _model(name: str) -> nn.Module:

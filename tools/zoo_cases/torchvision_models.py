@@ -16,10 +16,29 @@ install()
 models: Any = importlib.import_module("torchvision.models")
 
 # Sizes that a model insists on; the others take small images.
-SIZES = {"inception_v3": 299, "googlenet": 96, "alexnet": 96, "maxvit_t": 224}
+SIZES = {"inception_v3": 299, "quantized_inception_v3": 299, "googlenet": 96, "alexnet": 96, "maxvit_t": 224}
 FIXED_SIZE = ("vit_",)
 VIDEO_SIZES = {"mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224), "s3d": (16, 224)}
 NUM_CLASSES = 10
+# What the parts of the registry are called in the table; all others classify images.
+KINDS = {"detection": "detection", "segmentation": "segmentation", "video": "video", "optical_flow": "optical flow"}
+ATTENTION = ("vision_transformer", "swin_transformer", "maxvit")
+SAMPLE = (
+    "efficientnet_b0",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "lraspp_mobilenet_v3_large",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "quantized_mobilenet_v2",
+    "r3d_18",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "ssdlite320_mobilenet_v3_large",
+)
+# The largest have 250 million weights and more.
+SLOW = 600.0
 # Without a compiled operator each region costs milliseconds.
 PROPOSALS = {
     "rpn_pre_nms_top_n_train": 60,
@@ -37,7 +56,11 @@ def cases() -> list[Case]:
 
 def _case(name: str) -> Case:
     family = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
-    return Case("torchvision", family, name, partial(_build, name), partial(_batch, name, family))
+    plain = "vision transformer" if family in ATTENTION else "CNN"
+    kind = KINDS.get(family.partition(".")[0], plain)
+    return Case(
+        "torchvision", family, name, partial(_build, name), partial(_batch, name, family), kind=kind, seconds=SLOW
+    )
 
 
 def _build(name: str) -> nn.Module:
@@ -49,7 +72,7 @@ def _build(name: str) -> nn.Module:
         # The default resizes every image to 800 pixels.
         options |= {} if name.startswith("ssd") else {"min_size": 96, "max_size": 128}
         options |= PROPOSALS if "rcnn" in name else {}
-    if name in ("googlenet", "inception_v3"):
+    if name.endswith(("googlenet", "inception_v3")):
         options |= {"init_weights": False}
     return models.get_model(name, **options)
 
