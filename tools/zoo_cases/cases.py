@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-
 # Parts of the names of inputs, and the kind of model that takes them.
 INPUT_KINDS = (
     (("input_ids",), "text"),

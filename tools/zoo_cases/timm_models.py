@@ -73,9 +73,45 @@ PIXELS = {
 # Models that are built for one size of image.
 TOLD_PIXELS = {"deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m"}
 # Modules whose models are mostly attention.
-TRANSFORMERS = set(
-    ["beit", "cait", "coat", "convit", "crossvit", "davit", "deepseek_vit", "deit", "eva", "gcvit", "gemma4_vit", "hiera", "hieradet_sam2", "levit", "maxxvit", "mobilevit", "mvitv2", "naflexvit", "nest", "nextvit", "pit", "pvt_v2", "qwen3_vit", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "tiny_vit", "tnt", "twins", "visformer", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam", "vitamin", "volo", "xcit"]
-)
+TRANSFORMERS = {
+    "beit",
+    "cait",
+    "coat",
+    "convit",
+    "crossvit",
+    "davit",
+    "deepseek_vit",
+    "deit",
+    "eva",
+    "gcvit",
+    "gemma4_vit",
+    "hiera",
+    "hieradet_sam2",
+    "levit",
+    "maxxvit",
+    "mobilevit",
+    "mvitv2",
+    "naflexvit",
+    "nest",
+    "nextvit",
+    "pit",
+    "pvt_v2",
+    "qwen3_vit",
+    "swin_transformer",
+    "swin_transformer_v2",
+    "swin_transformer_v2_cr",
+    "tiny_vit",
+    "tnt",
+    "twins",
+    "visformer",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "vision_transformer_sam",
+    "vitamin",
+    "volo",
+    "xcit",
+}
 SAMPLE = (
     "cait_xxs24_224",
     "coat_tiny",
