@@ -57,15 +57,22 @@ def holders(capture: Capture) -> Iterator[tuple[str, str, str]]:
 
     A tied weight comes once for every module that holds it.
     """
-    first = {id(module): fqn for fqn, module in capture.model.named_modules()}
+    first = _first_fqns(capture.model)
     for parameter in capture.parameters.values():
         seen: set[tuple[str, str]] = set()
         for fqn in (parameter.fqn, *parameter.aliases):
             path, _, name = fqn.rpartition(".")
-            place = (first[id(capture.model.get_submodule(path))], name)
+            place = (first[path], name)
             if place not in seen:
                 seen.add(place)
                 yield (parameter.fqn, *place)
+
+
+def _first_fqns(model: nn.Module) -> dict[str, str]:
+    """Every FQN of a module -> its first one."""
+    first: dict[int, str] = {}
+    named = model.named_modules(remove_duplicate=False)
+    return {fqn: first.setdefault(id(module), fqn) for fqn, module in named}
 
 
 def build_owners(capture: Capture) -> dict[str, Owner]:
@@ -86,13 +93,13 @@ def build_owners(capture: Capture) -> dict[str, Owner]:
 
 def _foreign_users(capture: Capture) -> dict[str, str]:
     """Weight -> the first module that uses it without holding it."""
-    first = {id(module): fqn for fqn, module in capture.model.named_modules()}
+    first = _first_fqns(capture.model)
     homes: dict[str, set[str]] = {}
     for weight, path, _ in holders(capture):
         homes.setdefault(weight, set()).add(path)
     found: dict[str, str] = {}
     for use in capture.uses:
-        user = first[id(capture.model.get_submodule(use.user))]
+        user = first[use.user]
         if user not in homes[use.fqn]:
             found.setdefault(use.fqn, use.user or "the root")
     return found
