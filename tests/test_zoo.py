@@ -143,10 +143,10 @@ def test_the_table_names_every_case_and_cause(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_equal_within_the_tolerance(ours: Tensor, theirs: Tensor, is_equal: bool) -> None:
-    assert compare(Outcome({"x": ours}), Outcome({"x": theirs})).is_equal is is_equal
+    assert compare(Outcome({"x": ours}), Outcome({"x": theirs})).is_equal() is is_equal
 
 
 def test_a_value_that_only_one_side_has_is_a_difference() -> None:
     found = compare(Outcome({"x": torch.ones(1)}), Outcome({"y": torch.ones(1)}))
-    assert not found.is_equal
+    assert not found.is_equal()
     assert found.where == "only one side has x, y"

@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from tools.zoo_cases.cases import Case
 from tools.zoo_cases.checks import check
 from tools.zoo_cases.isolation import run_isolated
 from tools.zoo_cases.table import markdown
+from tools.zoo_cases.two_ranks import TWO_RANKS, check_two_ranks
 
 LIBRARIES = ("hand-made", "timm", "torchvision", "diffusers", "torch_geometric", "transformers")
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -36,8 +37,22 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 def load_cases(library: str) -> list[Case]:
     """The cases of one library; importing it can take seconds."""
+    return list(_module(library).cases())
+
+
+def sample_names(library: str) -> Collection[str]:
+    """Names of the library's cases that are quick and unlike each other."""
+    return _module(library).SAMPLE
+
+
+def two_rank_names(library: str) -> Collection[str]:
+    """Names of the library's cases that also run on two ranks."""
+    return TWO_RANKS[library].split()
+
+
+def _module(library: str) -> Any:
     name = {"hand-made": "hard_cases"}.get(library, f"{library}_models")
-    return list(importlib.import_module(f"tools.zoo_cases.{name}").cases())
+    return importlib.import_module(f"tools.zoo_cases.{name}")
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -54,14 +69,21 @@ def sweep(
     results: Annotated[Path, typer.Option(help="one JSON line a case; added to")] = Path("zoo.jsonl"),
     only: Annotated[str, typer.Option(help="glob of LIBRARY/NAME")] = "*",
     redo: Annotated[str, typer.Option(help="cases with this status are run again: failed, passed, ... or all")] = "",
-    seconds: Annotated[float, typer.Option(help="time limit of a case")] = 180,
+    seconds: Annotated[float, typer.Option(help="time limit of each case in place of its own")] = 0,
+    sample: Annotated[bool, typer.Option("--sample", help="only the fast sample of each library")] = False,
+    two_ranks: Annotated[
+        bool, typer.Option("--two-ranks", help="a sample on two ranks, in place of all checks")
+    ] = False,
 ) -> None:
     """Run the cases that are not in the results yet."""
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     for library in libraries or LIBRARIES:
-        for case in _wanted(load_cases(library), only, read_results(results), redo):
-            row: dict[str, Any] = run_isolated(case, seconds)
+        names = two_rank_names(library) if two_ranks else sample_names(library) if sample else None
+        cases = [case for case in load_cases(library) if names is None or case.name in names]
+        suffix, checks = (" on two ranks", check_two_ranks) if two_ranks else ("", check)
+        for case in _wanted(cases, only, read_results(results), redo, suffix):
+            row: dict[str, Any] = run_isolated(case, seconds, checks)
             row["commit"] = _commit()
             counts[row["status"]] += 1
             with results.open("a") as file:
@@ -90,9 +112,11 @@ def table(
     out.write_text(markdown(list(read_results(results).values())))
 
 
-def _wanted(cases: list[Case], only: str, done: dict[str, dict[str, Any]], redo: str) -> Iterator[Case]:
+def _wanted(
+    cases: list[Case], only: str, done: dict[str, dict[str, Any]], redo: str, suffix: str = ""
+) -> Iterator[Case]:
     for case in cases:
-        status = done[case.key]["status"] if case.key in done else ""
+        status = done.get(case.key + suffix, {}).get("status", "")
         if fnmatch.fnmatch(case.key, only) and (not status or redo in ("all", status)):
             yield case
 

@@ -238,3 +238,4 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "convolution-3d": _solid,
     "circular-padding": lambda: _conv(nn.Conv2d(WIDTH, 4, 3, padding=1, padding_mode="circular")),
 }
+SAMPLE = (*VECTORS, *SEQUENCES, *IMAGES)

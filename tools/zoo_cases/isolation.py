@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,18 @@ from tools.zoo_cases.checks import Result, check, peak_mib
 MEMORY_BYTES = 12 * 2**30
 
 
-def run_isolated(case: Case, seconds: float) -> dict[str, Any]:
+def run_isolated(case: Case, seconds: float = 0, checks: Callable[[Case], Result] = check) -> dict[str, Any]:
     """The result of a case as plain data; a child that is killed or runs out of time is a failed case.
 
-    The child is forked: it has the libraries that this process imported.
+    The child is forked: it has the libraries that this process imported. 0 seconds stand for the case's own limit.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "result.json"
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _child(case, answer)
-        cause = _wait(pid, seconds)
+            _child(case, checks, answer)
+        cause = _wait(pid, seconds or case.seconds)
         if answer.exists():
             found = json.loads(answer.read_text())
         else:
@@ -42,16 +43,18 @@ def run_isolated(case: Case, seconds: float) -> dict[str, Any]:
     return found
 
 
-def _child(case: Case, answer: Path) -> None:
+def _child(case: Case, checks: Callable[[Case], Result], answer: Path) -> None:
     """Check the case, write the answer, and end without the parent's clean-up."""
     try:
+        # A group of its own: what the case starts ends with it.
+        os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
         warnings.simplefilter("ignore")
         before = peak_mib()
-        result = check(case)
+        result = checks(case)
         result.facts["peak_mib"] = peak_mib() - before
         answer.with_suffix(".part").write_text(json.dumps(asdict(result)))
         answer.with_suffix(".part").rename(answer)
@@ -69,6 +72,6 @@ def _wait(pid: int, seconds: float) -> str:
         if done:
             return f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
         time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
+    os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return f"stopped after {seconds:g} seconds"
