@@ -129,20 +129,23 @@ def plan_command(
     emit_graph: Annotated[
         Path | None, typer.Option(help="Write the graph of the whole model after every pass to this file.")
     ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the layers with the groups in colours into this SVG file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show groups, sparsity and phases without training."""
-    outside = ("task", "plan", "passes", "show_passes", "entry", "input_shapes", "emit_graph", "as_json", "debug")
-    flags = _given(locals(), *outside, "outside")
-    from gapfx.commands import Source, show_plan
+    outside = ("task", "plan", "passes", "show_passes", "entry", "input_shapes", "as_json", "debug")
+    flags = _given(locals(), *outside, "emit_graph", "figure", "outside")
+    from gapfx.commands import PlanFiles, Source, show_plan
 
     text = show_plan(
         Source(task, entry, flags),
         input_shapes,
         plan,
         passes,
-        emit_graph=emit_graph,
+        files=PlanFiles(emit_graph, figure),
         show_passes=show_passes,
         as_json=as_json,
     )

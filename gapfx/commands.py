@@ -67,40 +67,58 @@ def train_task(
     return 0
 
 
+@dataclass(frozen=True)
+class PlanFiles:
+    """Files that `gapfx plan` writes: the graph after every pass as text, and the figure of the groups."""
+
+    graph: Path | None = None
+    figure: Path | None = None
+
+    def check(self) -> None:
+        """Raises UserError for a folder that does not exist, and for a file that gapfx did not write."""
+        from gapfx.figure import MARKER
+
+        _check_replaceable(self.graph, "# captured", "graph", "--emit-graph")
+        _check_replaceable(self.figure, MARKER, "figure", "--figure")
+
+
 def show_plan(
     source: Source,
     input_shapes: str,
     plan: Path | None,
     passes: str,
     *,
-    emit_graph: Path | None,
+    files: PlanFiles,
     show_passes: bool,
     as_json: bool,
 ) -> str:
-    """Groups, weights and phases of a task as text or JSON. `emit_graph` gets the graph after every pass."""
-    _check_graph_file(emit_graph)
+    """Groups, weights and phases of a task as text or JSON; writes `files`."""
+    files.check()
     task, settings = source.load()
     from gapfx.emit import Emitter
+    from gapfx.figure import Sketch
     from gapfx.plan import Plan
     from gapfx.sparse import compile_model
     from gapfx.text import format_phases, format_plan
     from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
 
     given = Plan.load(plan) if plan else None
-    observer, emitter = _print_pass if show_passes else None, Emitter() if emit_graph else None
+    emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
+    watchers = tuple(watcher for watcher in (emitter, sketch) if watcher)
+    request = Request(Path(), passes=passes, observer=_print_pass if show_passes else None, watchers=watchers)
     if task.data and task.loss and not input_shapes:
         feed = make_feed(task, settings, rank=0, world_size=1)
-        compiled = compile_task(
-            task, settings, feed, given, Request(Path(), passes=passes, observer=observer, emitter=emitter)
-        )
+        compiled = compile_task(task, settings, feed, given, request)
         made = with_phases(compiled.plan, settings, feed)
     else:
         model, inputs = build_model(task, settings), _inputs(task, input_shapes)
-        options = compile_options(settings, passes)
-        compiled = compile_model(model, lambda m: m(*inputs), options, plan=given, observer=observer, emitter=emitter)
+        options, run = compile_options(settings, passes), lambda module: module(*inputs)
+        compiled = compile_model(model, run, options, plan=given, observer=request.observer, watchers=watchers)
         made = compiled.plan
-    if emit_graph and emitter:
-        emit_graph.write_text(emitter.text())
+    if files.graph and emitter:
+        files.graph.write_text(emitter.text())
+    if files.figure and sketch:
+        files.figure.write_text(sketch.svg(made), encoding="utf-8")
     if as_json:
         return made.to_json()
     parts = [
@@ -111,14 +129,14 @@ def show_plan(
     return "\n".join(part for part in parts if part)
 
 
-def _check_graph_file(path: Path | None) -> None:
-    """Only a graph that was written before is replaced."""
+def _check_replaceable(path: Path | None, marker: str, what: str, flag: str) -> None:
+    """Only a file that begins with what gapfx writes there is replaced."""
     if path is None:
         return
     if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist", where="--emit-graph")
-    if path.exists() and not (path.is_file() and path.read_bytes().startswith(b"# captured")):
-        raise UserError(f"{path} exists and holds no graph of gapfx", where="--emit-graph", fix="name another file")
+        raise UserError(f"the folder {path.parent} does not exist", where=flag)
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(marker.encode())):
+        raise UserError(f"{path} exists and holds no {what} of gapfx", where=flag, fix="name another file")
 
 
 def _inputs(task: Task, text: str) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from gapfx import options
 from gapfx.capture import Capture
@@ -163,6 +163,16 @@ class Unit:
         self._facts = {analysis: fact for analysis, fact in self._facts.items() if kind not in fact.needs}
 
 
+class Watcher(Protocol):
+    """Looks on while a unit is compiled, and changes nothing."""
+
+    def begin(self, unit: Unit) -> object:
+        """Before any pass, but with its options chosen."""
+
+    def after(self, name: str, unit: Unit) -> object:
+        """After the pass of that name."""
+
+
 def _default(kind: type[Analysis[FactT]]) -> Analysis[FactT] | None:
     required = [item for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
     return None if required else kind()
@@ -178,12 +188,12 @@ def realise(unit: Unit) -> Any:
 class Pipeline:
     """Passes in order. `observer` is told (pass name, text before, text after, nodes before, nodes after).
 
-    `trace` is called with the name of each pass and the unit that it leaves.
+    `watchers` see the unit that each pass leaves.
     """
 
     passes: tuple[Pass, ...]
     observer: Observer | None = None
-    trace: Callable[[str, Unit], object] | None = None
+    watchers: tuple[Watcher, ...] = ()
 
     def run(self, unit: Unit) -> Unit:
         """Run every pass on the unit and give it back.
@@ -214,8 +224,8 @@ class Pipeline:
                 owner.graph.recompile()
         if self.observer:
             self.observer(step.name, before[0], unit.text(), before[1], unit.num_nodes())
-        if self.trace:
-            self.trace(step.name, unit)
+        for watcher in self.watchers:
+            watcher.after(step.name, unit)
 
 
 def parse_pipeline(text: str, observer: Observer | None = None) -> Pipeline:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from gapfx.capture import capture
 from gapfx.capture.state import collector_paused
-from gapfx.compiler import Observer, Pipeline, Unit, parse_pipeline, realise
+from gapfx.compiler import Observer, Pipeline, Unit, Watcher, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
-from gapfx.emit import Emitter
 from gapfx.errors import PlanError, UserError
 from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
 from gapfx.passes import default_pipeline
@@ -64,18 +63,18 @@ def compile_model(
     *,
     plan: Plan | None = None,
     observer: Observer | None = None,
-    emitter: Emitter | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Compiled:
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place.
 
-    `emitter` gathers the text of the whole graph after each pass.
+    `watchers` see the unit before the first pass and after each one.
     """
     with collector_paused():
-        return _compile(Unit(capture(model, run)), options, plan, observer, emitter)
+        return _compile(Unit(capture(model, run)), options, plan, observer, watchers)
 
 
 def _compile(
-    unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None, emitter: Emitter | None
+    unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None, watchers: Sequence[Watcher]
 ) -> Compiled:
     model = unit.capture.model
     if plan is not None:
@@ -87,10 +86,9 @@ def _compile(
         pipeline = parse_pipeline(options.passes, observer)
     else:
         pipeline = _pipeline(options, unit, observer)
-    if emitter is not None:
-        emitter.begin(unit)
-        pipeline = dataclasses.replace(pipeline, trace=emitter.after)
-    pipeline.run(unit)
+    for watcher in watchers:
+        watcher.begin(unit)
+    dataclasses.replace(pipeline, watchers=tuple(watchers)).run(unit)
     made = unit.latest(AllocateSparsity)
     _check_masked(unit, made)
     notes = (*unit.capture.notes, *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
-from gapfx.compiler import Observer
-from gapfx.emit import Emitter
+from gapfx.compiler import Observer, Watcher
 from gapfx.errors import TaskError
 from gapfx.plan import Plan
 from gapfx.progress import SilentProgress, open_progress
@@ -54,7 +53,7 @@ class Request:
     plan: Path | None = None
     passes: str = ""
     observer: Observer | None = None
-    emitter: Emitter | None = None
+    watchers: tuple[Watcher, ...] = ()
     stream: TextIO = field(default_factory=lambda: sys.stdout)
 
 
@@ -156,7 +155,7 @@ def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, 
         raise TaskError('data("train") is empty', where=str(task.path), fix="return at least one batch of samples")
     options = compile_options(settings, request.passes)
     return compile_model(
-        model, lambda m: loss(m, batch), options, plan=plan, observer=request.observer, emitter=request.emitter
+        model, lambda m: loss(m, batch), options, plan=plan, observer=request.observer, watchers=request.watchers
     )
 
 

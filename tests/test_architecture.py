@@ -52,10 +52,11 @@ MAY_IMPORT = {
     "doctor": "errors",
     "progress": "errors plan schedule quantities",
     "report": "errors plan schedule quantities run_dir",
-    "sparse": "errors plan pattern criterion masks capture compiler emit passes",
+    "figure": "plan quantities chains capture layers compiler passes report",
+    "sparse": "errors plan pattern criterion masks capture compiler passes",
     "recording": "errors plan settings run_dir progress runtime",
     "results": "errors plan masks settings task run_dir report sparse runtime",
-    "training": "errors plan schedule settings task run_dir progress compiler emit sparse runtime recording results",
+    "training": "errors plan schedule settings task run_dir progress compiler sparse runtime recording results",
     "commands": EVERYTHING,
     "cli": "errors commands doctor",
 }

@@ -53,5 +53,5 @@ def _attribute(key: str, value: Attribute) -> str:
 
 
 def _printable(text: str) -> str:
-    """HTML has no way to write control characters or lone surrogates."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", text)
+    """HTML and XML have no way to write control characters, lone surrogates and two codes that are no characters."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
