@@ -32,10 +32,11 @@ def layer_of(capture: Capture, fqn: str) -> str:
     """FQN of the module that a weight is a part of: its owner, or the attention that the owner is a part of."""
     owner = capture.parameters[fqn].owner
     parts = owner.split(".") if owner else []
-    for depth in range(len(parts)):
-        above = ".".join(parts[:depth])
-        if isinstance(capture.model.get_submodule(above), nn.MultiheadAttention):
-            return above
+    module = capture.model
+    for depth, part in enumerate(parts):
+        if isinstance(module, nn.MultiheadAttention):
+            return ".".join(parts[:depth])
+        module = module.get_submodule(part)
     return owner
 
 

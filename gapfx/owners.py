@@ -142,13 +142,13 @@ def _with_shapes(owner: Owner) -> Owner:
 
 
 def _read_by_parent(model: nn.Module, path: str) -> str:
-    parents = path.split(".")[:-1] if path else []
-    for depth in range(len(parents), -1, -1):
-        above = ".".join(parents[:depth])
-        module = model.get_submodule(above)
-        if above != path and isinstance(module, READERS):
-            return f"{above or 'the root'} ({type(module).__name__}) can read its weights directly"
-    return ""
+    found, module, parts = "", model, path.split(".") if path else []
+    for depth, part in enumerate(parts):
+        if isinstance(module, READERS):
+            above = ".".join(parts[:depth])
+            found = f"{above or 'the root'} ({type(module).__name__}) can read its weights directly"
+        module = module.get_submodule(part)
+    return found
 
 
 def _not_traceable(module: nn.Module) -> str:

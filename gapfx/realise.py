@@ -20,7 +20,7 @@ _BASE = "_gapfx_base"
 
 
 def realise_owners(model: nn.Module, owners: Iterable[Owner]) -> None:
-    """Install the graph of each owner in `model` that has masks, and undo the others; objects and FQNs stay the same."""
+    """Install the graph of each owner in `model` that has masks, undo the others; objects and FQNs stay the same."""
     in_place: list[str] = []
     for owner in owners:
         bits = {name: buffer for name, buffer in owner.graph.named_buffers() if name.startswith(MASK_PREFIX)}
@@ -139,7 +139,7 @@ def _read_function(value: fx.Node) -> tuple[Callable[..., Tensor], tuple[str, ..
     for node in value.graph.nodes:
         if node in needed and node.op == "get_attr":
             sources.append(str(node.target))
-            copies[node] = graph.placeholder(sources[-1])
+            copies[node] = graph.placeholder(f"source_{len(sources)}")  # a ParameterList calls its own "0"
         elif node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[value])

@@ -3,7 +3,8 @@
     python tools/bench_plan.py              # all models
     python tools/bench_plan.py residual-1000
 
-The limit is three forwards and two seconds. CPU seconds of this process, so that a busy machine shows less.
+The limit is three forwards and two seconds. CPU seconds of this process, so that a busy machine shows less. What
+`dense` costs grows with the square of its layers, as the edges of its graph do: each layer takes all earlier outputs.
 """
 
 from __future__ import annotations
@@ -83,6 +84,52 @@ class Scan(nn.Module):
         return x + self.out(torch.stack(outputs, 1))
 
 
+class Dense(nn.Module):
+    """Each layer takes the outputs of all layers before it."""
+
+    def __init__(self, growth: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(growth * (index + 1), growth) for index in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last layer, of the input's shape."""
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(torch.relu(layer(torch.cat(outputs, -1))))
+        return outputs[-1]
+
+
+class Nested(nn.Module):
+    """Modules inside of modules, each with a layer of its own."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(width, width), Nested(width, depth - 1) if depth > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return self.inner(torch.relu(self.layer(x)))
+
+
+class Hourglass(nn.Module):
+    """Each layer of the second half takes an output of the first half, the last one first."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        kept = list[Tensor]()
+        for layer in self.down:
+            x = torch.relu(layer(x))
+            kept.append(x)
+        for layer in self.up:
+            x = torch.relu(layer(torch.cat([x, kept.pop()], -1)))
+        return x
+
+
 def transformer(layers: int) -> nn.Module:
     """An encoder of torch's own layers."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
@@ -102,6 +149,10 @@ CASES = {
     "linear-8000": Case(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(8000))), (2, 8)),
     "residual-1000": Case(lambda: nn.Sequential(*(Residual(4) for _ in range(1000))), (2, 4, 8, 8)),
     "transformer-48": Case(lambda: transformer(48), (2, 16, 32)),
+    "transformer-250": Case(lambda: transformer(250), (2, 4, 32)),
+    "dense-300": Case(lambda: Dense(2, 300), (2, 2)),
+    "nested-100": Case(lambda: Nested(4, 100), (2, 4)),
+    "hourglass-500": Case(lambda: Hourglass(4, 500), (2, 4)),
     "experts-64x16": Case(lambda: nn.Sequential(*(Experts(16, 64) for _ in range(16))), (256, 16)),
     "scan-8x128": Case(lambda: nn.Sequential(*(Scan(8) for _ in range(8))), (2, 128, 8)),
 }
