@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -19,6 +20,8 @@ from typing import Any
 from tools.zoo_cases.cases import Case
 from tools.zoo_cases.checks import Result, check, peak_mib
 
+# torch imports it late, in models and in seeding; here it costs its second once and not in each child.
+importlib.import_module("torch._dynamo")
 MEMORY_BYTES = 12 * 2**30
 
 
