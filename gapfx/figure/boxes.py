@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import networkx as nx
 
 from gapfx.capture import Capture
-from gapfx.figure.graph import site_of
+from gapfx.figure.graph import Site, site_of
 from gapfx.layers import layer_of
 
 # More weights than this side by side are drawn as a grid with one way in and one way out.
@@ -60,25 +60,36 @@ def make_boxes(capture: Capture, graph: nx.DiGraph[str], blocks: Iterable[str]) 
 
 def _homes(capture: Capture, graph: nx.DiGraph[str], blocks: set[str]) -> dict[str, tuple[str, int]]:
     """Node -> (name of its box, number of the box outside of blocks, 0 in a block)."""
-    homes: dict[str, tuple[str, int]] = {}
     order = {name: index for index, name in enumerate(graph)}
-    last, number = ("", 0), 0
+    layers = {name: _layer(capture, site_of(graph, name)) for name in graph}
+    num_layers = Counter(above for layer in set(layers.values()) for above in _modules_above(layer))
+    homes: dict[str, tuple[str, int]] = {}
+    names, last = {0: ""}, 0
     for name in graph:
         site = site_of(graph, name)
         block = _block_of(site.weights[0] if site.kind == "weight" else site.scope, blocks)
         if block is not None:
-            homes[name] = (block, 0)
+            homes[name], last = (block, 0), 0
         elif site.kind == "join":
             # Behind what ran last: `x + block(x)` in the forward of the model belongs to that block.
             homes[name] = homes[max(graph.predecessors(name), key=order.__getitem__)]
-            continue
         else:
-            layer = layer_of(capture, site.weights[0]) if site.kind == "weight" else site.scope
-            parent = layer.rpartition(".")[0]
-            number += last != (parent, number)
-            homes[name] = (parent, number)
-        last = homes[name]
-    return homes
+            parent = next(above for above in _modules_above(layers[name]) if num_layers[above] > 1 or not above)
+            if not last or not (parent == names[last] or (parent and names[last].startswith(f"{parent}."))):
+                last = len(names)
+            names[last] = parent
+            homes[name] = "", last
+    return {node: (names[number] if number else name, number) for node, (name, number) in homes.items()}
+
+
+def _layer(capture: Capture, site: Site) -> str:
+    return layer_of(capture, site.weights[0]) if site.kind == "weight" else site.scope
+
+
+def _modules_above(layer: str) -> list[str]:
+    """FQNs of the modules around a layer, the innermost first, the root ("") last."""
+    parts = layer.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
 
 
 def _block_of(path: str, blocks: set[str]) -> str | None:
@@ -89,8 +100,11 @@ def _block_of(path: str, blocks: set[str]) -> str | None:
 
 def _cells(graph: nx.DiGraph[str], nodes: list[str]) -> tuple[Cell, ...]:
     columns: defaultdict[int, list[str]] = defaultdict(list)
-    for name, depth in _depths(graph.subgraph(nodes), nodes).items():
+    inside: nx.DiGraph[str] = graph.subgraph(nodes)
+    for name, depth in _depths(inside, nodes).items():
         columns[depth].append(name)
+    for names in columns.values():
+        names.sort(key=lambda name: not inside.in_degree(name))  # what goes on from the left comes first
     return tuple(Cell(tuple(_items(graph, columns[depth]))) for depth in sorted(columns))
 
 

@@ -126,7 +126,7 @@ def _chip(scene: Scene, item: Item, box: str, width: float, corner: Point) -> Ma
     stripe = tag("path", d=f"M4 0H{STRIPE:g}V{CHIP_HEIGHT}H4a4 4 0 0 1-4-4V4a4 4 0 0 1 4-4z", class_="q")
     number = "" if group is None else str(group + 1)
     parts = [tag("title", _words(scene, item.fqn, site)), body, stripe]
-    parts += [tag("path", d="M0 9L9 0M0 32L18 14M9 32L18 23", class_="z m")] * is_striped(group)
+    parts += [tag("path", d="M1 9L9 1M7 9L15 1M1 31L9 23M7 31L15 23", class_="z m")] * is_striped(group)
     parts += [tag("text", number, x=STRIPE / 2, y=20, class_="k")] * (group is not None)
     parts.append(tag("text", drawn_name(site, item.fqn, box), x=STRIPE + CHIP_PADDING, y=13.5, class_="n"))
     parts.append(tag("text", shape, x=STRIPE + CHIP_PADDING, y=26, class_="s"))

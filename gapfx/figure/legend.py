@@ -24,8 +24,13 @@ class Entry:
     """A colour of the legend."""
 
     group: int | None
-    name: str
+    full_name: str
     words: str
+
+    @property
+    def name(self) -> str:
+        """As much of the name as is shown."""
+        return clip(self.full_name, MAX_NAME)
 
     @property
     def width(self) -> float:
@@ -37,7 +42,7 @@ def entries(scene: Scene) -> list[Entry]:
     """One for each group, then the weights that stay dense and are drawn."""
     total = sum(group.numel for group in scene.plan.groups)
     found = [
-        Entry(index, clip(group.name, MAX_NAME), _size(len(group.weights), group.numel, group.numel / max(1, total)))
+        Entry(index, group.name, _size(len(group.weights), group.numel, group.numel / max(1, total)))
         for index, group in enumerate(scene.plan.groups)
     ]
     drawn = {item.fqn for box in scene.boxes for cell in box.cells for item in cell.items if item.fqn}
@@ -97,8 +102,8 @@ def _summary(scene: Scene) -> str:
 
 
 def _entry(entry: Entry, x: float, y: float) -> Markup:
-    parts = [tag("rect", width=18, height=26, rx=4, class_="q")]
-    parts += [tag("path", d="M0 9L9 0M4 26L18 12", class_="z m")] * is_striped(entry.group)
+    parts = [tag("title", f"{entry.full_name}: {entry.words}"), tag("rect", width=18, height=26, rx=4, class_="q")]
+    parts += [tag("path", d="M1 7L7 1M7 7L13 1M4 25L10 19M10 25L16 19", class_="z m")] * is_striped(entry.group)
     if entry.group is not None:
         parts.append(tag("text", str(entry.group + 1), x=9, y=17, class_="k"))
     parts += [tag("text", entry.name, x=26, y=10, class_="n"), tag("text", entry.words, x=26, y=23.5, class_="s")]

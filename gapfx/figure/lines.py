@@ -139,9 +139,12 @@ def _place(cells: Sequence[Cell], sizes: Sizes) -> tuple[Placed, ...]:
 def best_columns(boxes: Sequence[Box], chip: float, label: float) -> tuple[Sizes, list[list[Line]]]:
     """Chips a line, and lines of each column, for a page that is shaped like a screen and wastes little."""
     found: list[tuple[float, int, Sizes, list[list[Line]]]] = []
+    lines: list[list[Line]] = []
     for per_line in range(1, MAX_PER_LINE + 1):
-        sizes = Sizes(chip, label, per_line)
+        sizes, before = Sizes(chip, label, per_line), lines
         lines = [box_lines(index, box, sizes) for index, box in enumerate(boxes)]
+        if lines == before:
+            break
         heights = [_height(own) for own in lines]
         ideal = math.sqrt(ASPECT * sum(heights) / max(line.width for own in lines for line in own))
         for count in range(max(1, math.floor(ideal) - 1), min(len(boxes), math.ceil(ideal) + 1) + 1):
@@ -164,10 +167,11 @@ def _badness(columns: list[list[Line]], num_boxes: int) -> float:
     widths = [max(line.width for line in lines) for lines in columns]
     heights = [_height(lines) for lines in columns]
     width, height = sum(widths) + CHANNEL * len(columns), max(heights)
-    num_lines = sum(len(lines) for lines in columns)
+    all_lines = [line for lines in columns for line in lines]
+    num_torn = sum(line.cells[-1].cell.has_weights and not line.is_last for line in all_lines)
     filled = sum(line.width * (line.height + TYPICAL_RAIL) for lines in columns for line in lines)
     shape = math.log(width / height / ASPECT)
-    return abs(shape) + 0.6 * math.log(width * height / filled) + 0.15 * math.log(num_lines / num_boxes)
+    return abs(shape) + 0.6 * math.log(width * height / filled) + (0.15 * len(all_lines) + 0.25 * num_torn) / num_boxes
 
 
 def item_places(columns: Sequence[Sequence[Line]]) -> Iterator[tuple[int, int, int, int, Item]]:

@@ -15,23 +15,23 @@ GREY = "#8b949a"
 MONO = 'ui-monospace,"SF Mono","Cascadia Code",Menlo,Consolas,"DejaVu Sans Mono",monospace'
 SANS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,"DejaVu Sans",sans-serif'
 
-_LIGHT = {
+LIGHT = {
     "ground": "#f7f6f3",
     "paper": "#ffffff",
     "ink": "#1d2326",
-    "soft": "#566067",
+    "soft": "#4c565c",
     "frame": "#cfd3d4",
     "line": "#7d878d",
 }
-_DARK = {
+DARK = {
     "ground": "#14181a",
     "paper": "#1b2023",
     "ink": "#e6e9ea",
-    "soft": "#a2adb3",
+    "soft": "#b0babf",
     "frame": "#3a4348",
     "line": "#87939a",
 }
-_TINT = {"#ffffff": 0.20, "#1b2023": 0.26}  # share of the hue in the ground of a weight
+TINT = {"#ffffff": 0.20, "#1b2023": 0.22}  # share of the hue in the ground of a weight
 
 
 def group_class(index: int | None) -> str:
@@ -52,7 +52,7 @@ def style(looks: list[str]) -> str:
         ".k{font-size:10px;font-weight:700;text-anchor:middle}.h{font-size:17px;font-weight:650}.b{font-weight:600}"
         ".e{fill:none;stroke-width:1.3}.i{stroke-width:1.3}.m{stroke-width:1.4;fill:none}.a{stroke-dasharray:3 2.5}"
     )
-    light, dark = "".join(_rules(_LIGHT, looks)), "".join(_rules(_DARK, looks))
+    light, dark = "".join(_rules(LIGHT, looks)), "".join(_rules(DARK, looks))
     return f"{fixed}{light}@media(prefers-color-scheme:dark){{{dark}}}"
 
 
@@ -64,7 +64,7 @@ def _rules(theme: dict[str, str], looks: list[str]) -> Iterator[str]:
     yield f".f{{fill:none;stroke:{theme['frame']}}}.z{{stroke:{paper}}}"
     for look in looks:
         hue = GREY if look == "d" else HUES[int(look[1:]) % len(HUES)]
-        yield f".{look} .c{{fill:{mix(hue, paper, _TINT[paper])};stroke:{mix(hue, paper, 0.75)}}}"
+        yield f".{look} .c{{fill:{mix(hue, paper, TINT[paper])};stroke:{mix(hue, paper, 0.75)}}}"
         yield f".{look} .q{{fill:{hue}}}.{look} .k{{fill:{_ink_on(hue)}}}"
 
 

@@ -77,8 +77,11 @@ class Routed:
 def route(graph: nx.DiGraph[str], ports: Mapping[str, Port], columns: Sequence[Sequence[Line]]) -> Routed:
     """Every edge of the graph; the columns get the space that the edges need."""
     widths = [column_width(lines) for lines in columns]
-    edges = [_edge(source, ports[source], ports[target], widths) for source, target in graph.edges]
-    edges = [edge for edge in edges if edge.source != edge.target]
+    nets: dict[Port, str] = {}
+    pairs = dict.fromkeys((ports[source], ports[target]) for source, target in graph.edges)
+    for name, port in ports.items():
+        nets.setdefault(port, name)
+    edges = [_edge(nets[source], source, target, widths) for source, target in pairs if source != target]
     ways = Ways()
     for edge in edges:
         _ask_rails(edge, ways, widths)
