@@ -22,6 +22,7 @@ from gapfx.capture.opsets import (
     LIKE_SECOND,
     SCALES,
     SELECTS,
+    STORES,
     VIEWS,
 )
 
@@ -129,8 +130,10 @@ class _Walk:
 
 
 def is_template(node: fx.Node, user: fx.Node) -> bool:
-    """Whether `user` takes the shape or dtype of `node` and none of its values."""
+    """Whether `user` takes the shape or dtype of `node` and none of its values, or keeps it for later."""
     fn = fn_of(user)
+    if fn in STORES:
+        return True
     if fn in LIKE_FIRST:
         return argument_places(node, user) <= {0, "input"}
     return fn in LIKE_SECOND and argument_places(node, user) <= {1, "other"}

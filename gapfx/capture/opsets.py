@@ -63,6 +63,8 @@ SELECTS = _words("getitem index index_select gather take_along_dim")
 # Take the shape or dtype of an argument and none of its values.
 LIKE_FIRST = _words("zeros_like ones_like empty_like full_like rand_like randn_like")
 LIKE_SECOND = _words("view_as reshape_as expand_as type_as")
+# Keep a value under a name and compute nothing.
+STORES = _words("assign_buffer")
 
 # What the consumer of a parameter that is no weight says about it.
 SCALES = _words("mul multiply div divide truediv")

@@ -9,15 +9,17 @@ import re
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import apis, eager_transforms
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast, autocast  # pyright: ignore[reportPrivateUsage]
 from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction  # pyright: ignore[reportPrivateUsage]
 from torch.utils.checkpoint import CheckpointFunction
 
+from gapfx.capture.assigned import Buffers, assign_buffer
 from gapfx.capture.leaves import is_leaf, is_script
 from gapfx.capture.memory import version
 from gapfx.capture.recorder import Recorder, input_names
@@ -94,11 +96,19 @@ class Watch:
         self._is_recording = True
         with self.recorder.inside(""):
             self.recorder.add_inputs(self._inputs(args, kwargs))
+            buffers = Buffers(self.model)
             with self.recorder:
                 self.output = original(self.model, *args, **kwargs)
+            self._add_assignments(buffers)
             self.recorder.add_output(self.output)
         self._is_recording = False
         return self.output
+
+    def _add_assignments(self, buffers: Buffers) -> None:
+        """At the end of the forward: what reads a new tensor in between takes it from the op that made it."""
+        for module, name, value in buffers.replaced():
+            if not is_leaf(module, self._known):  # a leaf does it itself
+                self.recorder.add_function(assign_buffer, (module, name, value), {}, None, set())
 
     def _inputs(self, args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
         own, taken = self.recorder.values.names, {"self"}
@@ -109,10 +119,10 @@ class Watch:
         """What `function.apply(*args)` does now."""
         recorder = self.recorder
         if threading.get_ident() != self._thread or recorder.is_suspended or not self._is_recording:
-            return original(function, *args, **kwargs)
+            return original(*args, **kwargs)
         if function is CheckpointFunction:  # re-entrant: its forward hides the modules, so run it unchecked
             return args[0](*args[2:])
-        return self._opaque(original.__get__(function), args, kwargs)
+        return self._opaque(function.apply, args, kwargs)
 
     def transform(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function transform such as vmap does now: its tensors have no life outside, so it is one node."""
@@ -152,18 +162,21 @@ class Watch:
 @contextmanager
 def watching(watch: Watch) -> Generator[None]:
     """Route every module call and Function of this process through `watch`."""
-    call, apply = nn.Module.__dict__["__call__"], Function.__dict__["apply"]
+    call = nn.Module.__dict__["__call__"]
     enter, leave = autocast.__enter__, autocast.__exit__
 
     def watched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return watch.call(call, self, args, kwargs)
 
     def watched_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        return watch.apply(apply.__func__, cls, args, kwargs)
+        original = cast(Any, super(_SingleLevelFunction, cls)).apply
+        return watch.apply(original, cls, args, kwargs)
 
     with ExitStack() as undo:
         _patch(undo, nn.Module, "__call__", watched_call)
-        _patch(undo, Function, "apply", classmethod(watched_apply))
+        # Where Function.apply goes on: a model may have stored the method itself before.
+        undo.callback(delattr, _SingleLevelFunction, "apply")
+        setattr(_SingleLevelFunction, "apply", classmethod(watched_apply))  # noqa: B010
         _patch(undo, autocast, "__enter__", lambda self: watch.enter_autocast(enter, self))
         _patch(undo, autocast, "__exit__", lambda self, *error: watch.exit_autocast(leave, self, error))
         for home, name in TRANSFORMS:
