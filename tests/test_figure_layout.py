@@ -180,6 +180,8 @@ def test_stretches_that_touch_take_tracks_of_their_own() -> None:
     [
         ("conv1", 8, "conv1"),
         ("attn.self.query", 12, "\u2026self.query"),
+        ("multihead_attn.in_proj_weight", 24, "\u2026ead_attn.in_proj_weight"),
+        ("transformer_blocks.0.attn1.to_q", 24, "\u20260.attn1.to_q"),
         ("attn.query", 9, "\u2026query"),
         ("a.relative_attention_bias", 12, "relat\u2026n_bias"),
         ("\u5c42" * 8, 7, "\u5c42\u2026\u5c42\u5c42"),

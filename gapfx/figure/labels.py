@@ -9,6 +9,7 @@ CHAR = 0.61  # width of a letter of the usual monospaced fonts, in units of the 
 ELLIPSIS, TIMES = "…", "\u00d7"
 NAME_SIZE, SHAPE_SIZE, LABEL_SIZE = 11.0, 10.0, 10.5  # pixels
 MAX_NAME = 24  # letters
+MIN_PART = 5  # letters of a cut name that are worth reading
 
 
 def width_of(text: str, size: float) -> float:
@@ -28,17 +29,19 @@ def weight_name(fqn: str, box: str) -> str:
 
 
 def shorten(path: str, limit: int) -> str:
-    """The path if it has at most `limit` places, else its last parts; a long last part loses its middle."""
+    """The path if it has at most `limit` places, else as much of its end; a long last part loses its middle."""
     if num_places(path) <= limit:
         return path
     parts = path.split(".")
     for start in range(1, len(parts)):
         tail = ELLIPSIS + ".".join(parts[start:])
         if num_places(tail) <= limit:
-            return tail
+            room = limit - num_places(tail) - 1
+            is_told = "." in tail or room < MIN_PART
+            return tail if is_told else f"{ELLIPSIS}{_end(parts[start - 1], room)}.{tail[1:]}"
     last = parts[-1]
     head = _start(last, limit // 2 - 1)
-    return head + ELLIPSIS + _start(last[::-1], limit - 1 - num_places(head))[::-1]
+    return head + ELLIPSIS + _end(last, limit - 1 - num_places(head))
 
 
 def clip(text: str, limit: int) -> str:
@@ -72,3 +75,7 @@ def _start(text: str, limit: int) -> str:
     while end and num_places(text[:end]) > limit:
         end -= 1
     return text[:end]
+
+
+def _end(text: str, limit: int) -> str:
+    return _start(text[::-1], limit)[::-1]
