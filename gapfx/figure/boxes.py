@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -49,25 +49,25 @@ class Box:
     cells: tuple[Cell, ...]
 
 
-def make_boxes(capture: Capture, graph: nx.DiGraph[str], blocks: Iterable[str]) -> list[Box]:
-    """Boxes by their first node; `blocks` are FQNs of modules. Every node of the graph is in one box."""
-    homes = _homes(capture, graph, set(blocks))
+def make_boxes(capture: Capture, graph: nx.DiGraph[str], blocks: Mapping[str, str]) -> list[Box]:
+    """Boxes by their first node; `blocks` names the block of a weight. Every node of the graph is in one box."""
+    homes = _homes(capture, graph, blocks)
     members: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for name in graph:
         members[homes[name]].append(name)
     return [Box(name, _cells(graph, nodes)) for (name, _), nodes in members.items()]
 
 
-def _homes(capture: Capture, graph: nx.DiGraph[str], blocks: set[str]) -> dict[str, tuple[str, int]]:
+def _homes(capture: Capture, graph: nx.DiGraph[str], blocks: Mapping[str, str]) -> dict[str, tuple[str, int]]:
     """Node -> (name of its box, number of the box outside of blocks, 0 in a block)."""
     order = {name: index for index, name in enumerate(graph)}
     layers = {name: _layer(capture, site_of(graph, name)) for name in graph}
     num_layers = Counter(above for layer in set(layers.values()) for above in _modules_above(layer))
     homes: dict[str, tuple[str, int]] = {}
-    names, last = {0: ""}, 0
+    names, last, modules = {0: ""}, 0, set(blocks.values())
     for name in graph:
         site = site_of(graph, name)
-        block = _block_of(site.weights[0] if site.kind == "weight" else site.scope, blocks)
+        block = _block_of(site, blocks, modules)
         if block is not None:
             homes[name], last = (block, 0), 0
         elif site.kind == "join":
@@ -92,10 +92,14 @@ def _modules_above(layer: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
 
 
-def _block_of(path: str, blocks: set[str]) -> str | None:
-    parts = path.split(".")
+def _block_of(site: Site, blocks: Mapping[str, str], modules: set[str]) -> str | None:
+    """The block of the node's weights when it is one, and for what is in no block the one around its module."""
+    found = {blocks.get(fqn) for fqn in site.weights} if site.kind == "weight" else {None}
+    if found != {None}:
+        return found.pop() if len(found) == 1 else None
+    parts = (site.weights[0] if site.kind == "weight" else site.scope).split(".")
     prefixes = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in blocks), None)
+    return next((prefix for prefix in prefixes if prefix in modules), None)
 
 
 def _cells(graph: nx.DiGraph[str], nodes: list[str]) -> tuple[Cell, ...]:

@@ -29,7 +29,8 @@ class Model:
         """Of a unit that no rewrite has changed yet."""
         capture = unit.capture
         graph = figure_graph(capture)
-        blocks = [block.name for block in unit.latest(FindBlocks) if block.is_repeated]
+        repeated = [block for block in unit.latest(FindBlocks) if block.is_repeated]
+        blocks = {fqn: block.name for block in repeated for fqn in block.weights}
         shapes = {fqn: parameter.shape for fqn, parameter in capture.parameters.items()}
         return cls(type(capture.model).__name__, graph, tuple(make_boxes(capture, graph, blocks)), shapes)
 
