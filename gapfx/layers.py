@@ -36,7 +36,7 @@ def layer_of(capture: Capture, fqn: str) -> str:
     for depth, part in enumerate(parts):
         if isinstance(module, nn.MultiheadAttention):
             return ".".join(parts[:depth])
-        module = module.get_submodule(part)
+        module = getattr(module, part)  # a ScriptModule has no get_submodule
     return owner
 
 

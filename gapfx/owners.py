@@ -147,7 +147,7 @@ def _read_by_parent(model: nn.Module, path: str) -> str:
         if isinstance(module, READERS):
             above = ".".join(parts[:depth])
             found = f"{above or 'the root'} ({type(module).__name__}) can read its weights directly"
-        module = module.get_submodule(part)
+        module = getattr(module, part)  # a ScriptModule has no get_submodule
     return found
 
 

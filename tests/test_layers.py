@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import networkx as nx
@@ -64,6 +65,14 @@ def test_the_weights_of_one_attention_are_one_layer() -> None:
     assert set(layers.values()) == {"attention", "cross"}
     assert layers["attention.out_proj.weight"] == "attention"
     assert layers["cross.q_proj_weight"] == "cross"
+
+
+def test_weights_in_a_script_module_are_layers_of_their_owners() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    capture = captured(nn.Sequential(script, nn.Linear(4, 4)), torch.randn(2, 4))
+    assert [layer_of(capture, fqn) for fqn in execution_order(capture)] == ["0.0", "1"]
 
 
 def test_experts_do_not_run_in_series_and_the_layers_that_hold_them_do() -> None:
