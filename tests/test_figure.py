@@ -16,6 +16,7 @@ from gapfx.figure import MARKER
 from gapfx.figure.labels import NAME_SIZE, SHAPE_SIZE, width_of
 from gapfx.figure.legend import entries
 from gapfx.figure.palette import DARK, GREY, HUES, LIGHT, NUM_LOOKS, TINT, contrast, group_class, is_striped, mix
+from gapfx.figure.scene import Scene
 from gapfx.figure.svg import draw
 from gapfx.plan import Group, Plan, Weight
 from tests.figures import MODELS, SVG, chips, scene, scene_of
@@ -109,6 +110,14 @@ def test_the_legend_counts_every_weight_and_element() -> None:
     assert [entry.name for entry in found] == [group.name for group in shown.plan.groups]
 
 
+def test_notes_stand_below_the_title() -> None:
+    shown = scene_of(mlp(), torch.randn(4, 6))
+    noted = Scene(shown.model, shown.plan, ("balance 1.2 & more",))
+    heights = [float(ElementTree.fromstring(draw(one)).get("height", "")) for one in (shown, noted)]
+    assert ">balance 1.2 &amp; more</text>" in draw(noted)
+    assert heights[1] == heights[0] + 17
+
+
 def test_weights_that_stay_dense_are_grey_and_counted() -> None:
     shown = scene("language-model")
     assert entries(shown)[-1].words == "1 weight, 104 elements"
@@ -119,7 +128,7 @@ def test_a_planned_weight_that_no_layer_takes_is_drawn_apart() -> None:
     shown = scene_of(mlp(), torch.randn(4, 6))
     other = Weight("elsewhere.weight", (2, 3), 0.5)
     plan = Plan((*shown.plan.groups, Group("more", (other,))))
-    svg = draw(type(shown)(shown.model, plan))
+    svg = draw(Scene(shown.model, plan))
     assert "not in the graph" in svg
     assert [chip.look for chip in chips(svg) if chip.title.startswith("elsewhere")] == ["g3"]
 

@@ -25,7 +25,7 @@ from gapfx.report.markup import Markup, join, tag
 
 STRIPE = 18.0
 CHIP_PADDING = 6.0
-MIN_CHIP, MAX_CHIP = 92.0, 196.0
+MIN_CHIP, MAX_CHIP = 92.0, 200.0
 MAX_LABEL = 17  # places
 RADIUS = 4.0
 SIGNS = {"add": "M-4 0H4M0-4V4", "mul": "M-3-3L3 3M-3 3L3-3", "cat": "M-2-4V4M2-4V4"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 CHAR = 0.61  # width of a letter of the usual monospaced fonts, in units of the font's size
 ELLIPSIS, TIMES = "…", "\u00d7"
 NAME_SIZE, SHAPE_SIZE, LABEL_SIZE = 11.0, 10.0, 10.5  # pixels
-MAX_NAME = 24  # letters
+MAX_NAME = 25  # letters
 MIN_PART = 5  # letters of a cut name that are worth reading
 
 

@@ -14,7 +14,7 @@ from gapfx.figure.scene import Scene
 from gapfx.quantities import format_count, format_share
 from gapfx.report.markup import Markup, join, tag
 
-ENTRY_HEIGHT, HEAD_HEIGHT, KEY_HEIGHT = 36, 54, 30
+ENTRY_HEIGHT, LINE_HEIGHT, KEY_HEIGHT = 36, 17, 30
 MAX_NAME = 44
 SANS_CHAR = 0.56  # width of a letter, in units of the font's size
 
@@ -65,33 +65,34 @@ class Legend:
 
 
 def least_width(scene: Scene) -> float:
-    """Pixels of the widest entry and of the title."""
-    title = SANS_CHAR * 17 * len(scene.model.title), SANS_CHAR * 12 * len(_summary(scene))
-    return max(*title, *(entry.width for entry in entries(scene)))
+    """Pixels of the widest line of the legend."""
+    lines = [SANS_CHAR * 12 * len(line) for line in _lines(scene)]
+    return max(SANS_CHAR * 17 * len(scene.model.title), *lines, *(entry.width for entry in entries(scene)))
 
 
 def draw_legend(scene: Scene, width: float) -> Legend:
-    """Title, entries in as many columns as fit, and the signs."""
+    """Title, lines of text, entries in as many columns as fit, and the signs."""
+    lines = _lines(scene)
+    parts = [tag("text", scene.model.title, x=0, y=16, class_="h")]
+    parts += [tag("text", line, x=0, y=36 + at * LINE_HEIGHT, class_="t") for at, line in enumerate(lines)]
     found = entries(scene)
     widest = max((entry.width for entry in found), default=1.0)
-    per_row = max(1, min(len(found), int(width // widest)))
-    rows = math.ceil(len(found) / per_row)
-    parts = [
-        tag("text", scene.model.title, x=0, y=16, class_="h"),
-        tag("text", _summary(scene), x=0, y=36, class_="t"),
-    ]
+    rows = math.ceil(len(found) / max(1, min(len(found), int(width // widest))))
+    top = 38 + len(lines) * LINE_HEIGHT
     for index, entry in enumerate(found):
         column, row = divmod(index, rows)
-        parts.append(_entry(entry, column * widest, HEAD_HEIGHT + row * ENTRY_HEIGHT))
-    y = HEAD_HEIGHT + rows * ENTRY_HEIGHT
-    signs = list(_signs(scene))
+        parts.append(_entry(entry, column * widest, top + row * ENTRY_HEIGHT))
+    bottom = top + rows * ENTRY_HEIGHT
     x = 0.0
-    for sign, words in signs:
-        parts.append(
-            tag("g", sign, tag("text", words, x=14, y=4, class_="t"), transform=f"translate({x + 9:.0f} {y + 8})")
-        )
+    for sign, words in _signs(scene):
+        text = tag("text", words, x=14, y=4, class_="t")
+        parts.append(tag("g", sign, text, transform=f"translate({x + 9:.0f} {bottom + 8})"))
         x += 40 + SANS_CHAR * 12 * len(words)
-    return Legend(join(parts), y + (KEY_HEIGHT if signs else 8))
+    return Legend(join(parts), bottom + (KEY_HEIGHT if x else 8))
+
+
+def _lines(scene: Scene) -> tuple[str, ...]:
+    return _summary(scene), *scene.notes
 
 
 def _summary(scene: Scene) -> str:

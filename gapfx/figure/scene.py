@@ -37,10 +37,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Scene:
-    """A model and its plan."""
+    """A model and its plan; `notes` are lines of text that stand below the title."""
 
     model: Model
     plan: Plan
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def group_of(self) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gapfx.compiler import Unit
 from gapfx.figure.drawing import chip_width, draw_columns, label_width
 from gapfx.figure.legend import draw_legend, least_width
@@ -50,7 +52,7 @@ class Sketch:
     def after(self, name: str, unit: Unit) -> None:
         """Passes change nothing that is drawn."""
 
-    def svg(self, plan: Plan) -> str:
-        """The figure with the groups of a plan."""
+    def svg(self, plan: Plan, notes: Sequence[str] = ()) -> str:
+        """The figure with the groups of a plan, and lines of text below its title."""
         assert self._model is not None
-        return draw(Scene(self._model, plan))
+        return draw(Scene(self._model, plan, tuple(notes)))
