@@ -126,7 +126,14 @@ def test_the_table_names_every_case_and_cause(tmp_path: Path) -> None:
     assert "| made | 2 | 1 | 1 | 1 |" in text
     assert "- `made/Escapes`: train: differs by" in text
     assert "- `made/Broken`: eager: RuntimeError: shapes do not fit" in text
-    assert "Net, Escapes (fails), Broken (not runnable)" in text
+    assert [f"| {name} | net | {mark} |" in text for name, mark in (("Net", ""), ("Escapes", "fails"))] == [True, True]
+    assert "| Broken | net | not runnable |" in text
+
+
+def test_the_committed_page_is_what_the_committed_results_say(tmp_path: Path) -> None:
+    out = tmp_path / "COVERAGE.md"
+    CliRunner().invoke(zoo.app, ["table", "--out", str(out)], catch_exceptions=False)
+    assert out.read_text() == zoo.COVERAGE.read_text(), "run `python tools/zoo.py table`"
 
 
 @pytest.mark.parametrize(

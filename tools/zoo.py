@@ -2,7 +2,8 @@
 
     python tools/zoo.py sweep timm --results zoo.jsonl
     python tools/zoo.py one hand-made/lstm
-    python tools/zoo.py table zoo.jsonl --out COVERAGE.md
+    python tools/zoo.py gather zoo.jsonl more.jsonl
+    python tools/zoo.py table
 
 A sweep that was interrupted goes on where it stopped: cases that are in the results are skipped.
 """
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,8 @@ from tools.zoo_cases.table import markdown
 from tools.zoo_cases.two_ranks import TWO_RANKS, check_two_ranks
 
 LIBRARIES = ("hand-made", "timm", "torchvision", "diffusers", "torch_geometric", "transformers")
+RESULTS = Path(__file__).parent / "zoo_cases" / "results.jsonl"
+COVERAGE = Path(__file__).parent.parent / "COVERAGE.md"
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
@@ -84,7 +88,7 @@ def sweep(
         suffix, checks = (" on two ranks", check_two_ranks) if two_ranks else ("", check)
         for case in _wanted(cases, only, read_results(results), redo, suffix):
             row: dict[str, Any] = run_isolated(case, seconds, checks)
-            row["commit"] = _commit()
+            row |= {"commit": _commit(), "versions": _versions(library)}
             counts[row["status"]] += 1
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -104,12 +108,35 @@ def one(key: Annotated[str, typer.Argument(help="LIBRARY/NAME")]) -> None:
 
 
 @app.command()
+def gather(
+    results: Annotated[list[Path], typer.Argument(help="what `sweep` wrote; of one case the last line counts")],
+    out: Annotated[Path, typer.Option(help="one sorted file of them all")] = RESULTS,
+) -> None:
+    """Put the results of sweeps together; the file is written anew."""
+    found = {key: row for path in results for key, row in read_results(path).items()}
+    order = {library: index for index, library in enumerate(LIBRARIES)}
+    rows = sorted(found.values(), key=lambda row: (order.get(row["key"].partition("/")[0], -1), row["key"]))
+    out.write_text("".join(json.dumps(_rounded(row), separators=(",", ":")) + "\n" for row in rows))
+
+
+@app.command()
 def table(
-    results: Annotated[Path, typer.Argument(help="what `sweep` wrote")],
-    out: Annotated[Path, typer.Option(help="the Markdown file to write")] = Path("COVERAGE.md"),
+    results: Annotated[Path, typer.Argument(help="what `sweep` or `gather` wrote")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="the Markdown file to write")] = COVERAGE,
 ) -> None:
     """Write the coverage table."""
     out.write_text(markdown(list(read_results(results).values())))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _versions(library: str) -> list[str]:
+    packages = ["torch", library] if library in LIBRARIES[1:] else ["torch"]
+    return [f"{package} {version(package)}" for package in packages]
 
 
 def _wanted(

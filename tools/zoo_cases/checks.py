@@ -29,6 +29,7 @@ from tools.zoo_cases.running import (
 
 # Capture and plan may take this many forwards and seconds.
 FORWARDS, SECONDS = 3, 2.0
+ZEROS_BECOME = 0.02
 
 
 @dataclass
@@ -62,6 +63,10 @@ def check(case: Case) -> Result:
     except NotRunnable as error:
         return result.stop(error)
     _attempt("outline", result, lambda: _check_outline(plain, inputs, eager, result))
+    if all(parameter.ndim < 2 for parameter in plain.parameters()):
+        # gapfx says so in an error: there is nothing to mask.
+        result.facts["weights"] = 0
+        return result
     keys, names = list(plain.state_dict()), [fqn for fqn, _ in plain.named_parameters()]
     plan = _attempt("capture", result, lambda: _planned(case, plain, inputs, result))
     if plan is None:
@@ -82,12 +87,20 @@ def _attempt(check: str, result: Result, action: Callable[[], Any]) -> Any:
 
 
 def built(case: Case) -> tuple[nn.Module, Inputs]:
-    """The model in train mode and its first batch. Raises NotRunnable."""
+    """The model in train mode and its first batch. Raises NotRunnable.
+
+    Parameters that start as zeros are small random numbers, or no gradient would get past a head or a branch of zeros.
+    """
     seed_all(0)
     try:
-        return case.build().train(), case.batch(case.batch_sizes[0])
+        model, inputs = case.build().train(), case.batch(case.batch_sizes[0])
     except Exception as error:
         raise NotRunnable(f"{type(error).__name__}: {error}") from error
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not bool(parameter.any()):
+                parameter.normal_(0, ZEROS_BECOME)
+    return model, inputs
 
 
 def _eager(model: nn.Module, inputs: Inputs, result: Result) -> Difference:
