@@ -13,8 +13,8 @@ Row = dict[str, Any]
 TWO_RANKS = " on two ranks"
 CONDITIONS = (
     "Made by `python tools/zoo.py table` from `tools/zoo_cases/results.jsonl`, which `tools/zoo.py sweep` measured.",
-    "Each architecture is random initialised (parameters that start as zeros too) and small, runs in a process of its own",
-    "on one thread of a shared CPU,",
+    "Each architecture is random initialised (parameters that start as zeros too) and small, runs in a process of its",
+    "own on one thread of a shared CPU,",
     "and is compared with the same model whose weights and gradients are multiplied by random masks by hand (half of",
     "each weight is kept): outputs, loss, every gradient, every buffer and every weight after a step of training,",
     "outputs in eval, and the same training step at another batch size. The graph of the whole model (the outline) is",

@@ -37,8 +37,14 @@ SAMPLE = (
     "squeezenet1_1",
     "ssdlite320_mobilenet_v3_large",
 )
-# The largest have 250 million weights and more.
 SLOW = 600.0
+# Models of 300 to 640 million weights keep this many blocks of their deepest stage.
+SHALLOW = {
+    "regnet_y_128gf": ("trunk_output.block3", 1),
+    "vit_h_14": ("encoder.layers", 4),
+    "vit_l_16": ("encoder.layers", 6),
+    "vit_l_32": ("encoder.layers", 6),
+}
 # Without a compiled operator each region costs milliseconds.
 PROPOSALS = {
     "rpn_pre_nms_top_n_train": 60,
@@ -74,7 +80,12 @@ def _build(name: str) -> nn.Module:
         options |= PROPOSALS if "rcnn" in name else {}
     if name.endswith(("googlenet", "inception_v3")):
         options |= {"init_weights": False}
-    return models.get_model(name, **options)
+    model = models.get_model(name, **options)
+    if name in SHALLOW:
+        path, keep = SHALLOW[name]
+        owner, _, child = path.rpartition(".")
+        setattr(model.get_submodule(owner), child, model.get_submodule(path)[:keep])
+    return model
 
 
 def _batch(name: str, family: str, size: int) -> Inputs:
