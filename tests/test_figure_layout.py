@@ -19,7 +19,7 @@ from gapfx.figure.page import find_ports
 from gapfx.figure.routes import Point, route
 from gapfx.figure.svg import draw
 from gapfx.figure.tracks import Ways, num_tracks
-from tests.figures import MODELS, DenselyConnected, Repeated, boxes, chips, scene
+from tests.figures import MODELS, DenselyConnected, Repeated, boxes, chips, scene, scene_of
 from tests.models import captured
 
 
@@ -211,3 +211,9 @@ def test_paths_have_round_corners_and_arrows_point_along_them() -> None:
     assert rounded(points) == "M0 0L6 0Q10 0 10 4L10 30"
     assert arrow(points) == "M10 30l-3 -5h6z"
     assert arrow(((0.0, 0.0), (8.0, 0.0))) == "M8 0l-5 -3v6z"
+
+
+def test_a_long_chain_outside_of_blocks_is_parted_into_boxes_that_fit_into_columns() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+    found = scene_of(model, torch.randn(1, 2)).boxes
+    assert [sum(len(cell.items) for cell in box.cells) for box in found] == [24, 24, 24, 24, 4]

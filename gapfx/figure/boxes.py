@@ -14,6 +14,8 @@ from gapfx.layers import layer_of
 
 # More weights than this side by side are drawn as a grid with one way in and one way out.
 MAX_STACK = 6
+# Neighbours outside of blocks share a box up to this number: a box is never parted between two columns.
+MAX_LOOSE = 24
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def _homes(capture: Capture, graph: nx.DiGraph[str], blocks: Mapping[str, str]) 
     num_layers = Counter(above for layer in set(layers.values()) for above in _modules_above(layer))
     homes: dict[str, tuple[str, int]] = {}
     names, last, modules = {0: ""}, 0, set(blocks.values())
+    num_inside: Counter[int] = Counter()
     for name in graph:
         site = site_of(graph, name)
         block = _block_of(site, blocks, modules)
@@ -75,9 +78,11 @@ def _homes(capture: Capture, graph: nx.DiGraph[str], blocks: Mapping[str, str]) 
             homes[name] = homes[max(graph.predecessors(name), key=order.__getitem__)]
         else:
             parent = next(above for above in _modules_above(layers[name]) if num_layers[above] > 1 or not above)
-            if not last or not (parent == names[last] or (parent and names[last].startswith(f"{parent}."))):
+            is_full = num_inside[last] >= MAX_LOOSE
+            if not last or is_full or not (parent == names[last] or (parent and names[last].startswith(f"{parent}."))):
                 last = len(names)
             names[last] = parent
+            num_inside[last] += 1
             homes[name] = "", last
     return {node: (names[number] if number else name, number) for node, (name, number) in homes.items()}
 
