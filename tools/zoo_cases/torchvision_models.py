@@ -64,9 +64,10 @@ def _case(name: str) -> Case:
     family = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
     plain = "vision transformer" if family in ATTENTION else "CNN"
     kind = KINDS.get(family.partition(".")[0], plain)
-    return Case(
-        "torchvision", family, name, partial(_build, name), partial(_batch, name, family), kind=kind, seconds=SLOW
-    )
+    # Two videos of full size take a minute.
+    sizes = (1, 2) if name.startswith(("mvit", "swin3d")) else (2, 3)
+    batch = partial(_batch, name, family)
+    return Case("torchvision", family, name, partial(_build, name), batch, sizes, kind, SLOW)
 
 
 def _build(name: str) -> nn.Module:
