@@ -18,6 +18,7 @@ from gapfx.passes.tie_weights import Tie, TieWeights
 from gapfx.plan import DenseWeight
 
 MAX_REASONS = 2
+EMBEDDING = ("embedding", "embedding_bag")
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,15 @@ def _home_reason(model: nn.Module, parameter: Parameter) -> str:
 
 
 def _embedding_reasons(capture: Capture, ties: Mapping[str, Tie]) -> Iterator[tuple[str, str]]:
-    tables = {use.fqn: use.user for use in capture.uses if use.role == "embedding"}
-    for fqn in tables:
+    tables = {use.fqn: use.fn for use in capture.uses if use.role == "embedding"}
+    for fqn, fn in tables.items():
         if capture.parameters[fqn].role == "embedding":
-            yield fqn, "an embedding"
+            yield fqn, "an embedding" if fn in EMBEDDING else f"a table: a product takes rows of it, chosen by {fn}"
     for tie in ties.values():
-        if tie.embedding:
+        if tie.embedding and tables.get(tie.fqn, "embedding") in EMBEDDING:
             yield tie.fqn, f"tied to the embedding {tie.embedding}"
+        elif tie.embedding:
+            yield tie.fqn, f"a table: {tie.embedding} also takes rows of it by {tables[tie.fqn]}"
     linears = [use.fqn for use in capture.uses if use.role == "gemm" and use.fn == "linear"]
     if linears:
         rows = capture.parameters[linears[-1]].shape[0]

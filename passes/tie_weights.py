@@ -15,7 +15,8 @@ from gapfx.compiler import Analysis, Unit, register
 class Tie:
     """A weight with several FQNs, or one that is both looked up and multiplied.
 
-    `aliases` are its other FQNs; `embedding` is the module that looks rows up in it, "" when none does.
+    `aliases` are its other FQNs; `embedding` is the module that looks rows up in it ("the root" for the model itself),
+    "" when none does.
     """
 
     fqn: str
@@ -32,7 +33,8 @@ class TieWeights(Analysis[Mapping[str, Tie]]):
 
     def compute(self, unit: Unit) -> Mapping[str, Tie]:
         """Ties by FQN (the first name of the parameter), in the order of the parameters."""
-        lookups = {use.fqn: use.user for use in reversed(unit.capture.uses) if use.role == "embedding"}
+        uses = reversed(unit.capture.uses)
+        lookups = {use.fqn: use.user or "the root" for use in uses if use.role == "embedding"}
         found: dict[str, Tie] = {}
         for parameter in unit.capture.parameters.values():
             homes = [fqn.rpartition(".")[0] for fqn in (parameter.fqn, *parameter.aliases)]

@@ -75,6 +75,45 @@ def test_a_weight_tied_to_an_embedding_stays_dense_unless_asked() -> None:
     ]
 
 
+class Codebook(nn.Module):
+    """Replaces vectors by their nearest entry, which the product with all entries finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.entries = nn.Linear(4, 4), nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        distances = self.entries.square().sum(1) - 2 * x @ self.entries.T
+        return x + (self.entries[distances.argmin(1)] - x).square()
+
+
+def test_a_codebook_is_a_table_although_its_distances_are_a_product() -> None:
+    unit = Unit(captured(Codebook(), torch.randn(3, 4)))
+    assert prunable(unit) == ["first.weight"]
+    assert reasons(unit)["entries"] == "a table: the root also takes rows of it by getitem"
+    assert prunable(unit, FindWeights(embeddings=True)) == ["first.weight", "entries"]
+
+
+class Relative(nn.Module):
+    """Attention scores with a learned vector for each distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        rows = self.table[(places[:, None] - places).clamp(-4, 4) + 4]
+        return torch.einsum("bid,ijd->bij", self.query(x), rows)
+
+
+def test_a_table_of_relative_positions_is_an_embedding() -> None:
+    unit = Unit(captured(Relative(), torch.randn(2, 5, 4)))
+    assert prunable(unit) == ["query.weight"]
+    assert reasons(unit)["table"] == "a table: a product takes rows of it, chosen by getitem"
+
+
 def test_a_weight_tied_by_use_alone_stays_dense_too() -> None:
     class ReadsTable(nn.Module):
         def __init__(self) -> None:
