@@ -202,7 +202,7 @@ def test_names_of_boxes_break_behind_dots() -> None:
     assert label_lines("layer1.0", 12, 2) == ["layer1.0"]
     assert label_lines("vision_model.encoder.layers.0", 17, 2) == ["vision_model.", "encoder.layers.0"]
     assert label_lines("a.vision_model.encoder.layers.0", 17, 2) == ["a.vision_model.", "encoder.layers.0"]
-    assert label_lines("one_long.second_long.third_long", 12, 2) == ["\u2026second_lon\u2026", "third_long"]
+    assert label_lines("one_long.second_long.third_long", 12, 2) == ["\u2026econd_long.", "third_long"]
     assert label_lines("", 12, 2) == [""]
 
 
@@ -217,3 +217,16 @@ def test_a_long_chain_outside_of_blocks_is_parted_into_boxes_that_fit_into_colum
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
     found = scene_of(model, torch.randn(1, 2)).boxes
     assert [sum(len(cell.items) for cell in box.cells) for box in found] == [24, 24, 24, 24, 4]
+
+
+def test_sums_of_parallel_branches_stay_apart() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.ModuleList(nn.Linear(4, 4) for _ in range(5)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [a(x) + b(x) for a, b in zip(self.a, self.b, strict=True)]
+
+    graph = figure_graph(captured(Branches(), torch.randn(2, 4)))
+    assert [graph.in_degree(name) for name in graph if site_of(graph, name).kind == "join"] == [2] * 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gapfx.figure.boxes import Item
-from gapfx.figure.graph import Site
+from gapfx.figure.graph import LOOP, Site
 from gapfx.figure.labels import (
     LABEL_SIZE,
     NAME_SIZE,
@@ -26,10 +26,11 @@ from gapfx.report.markup import Markup, join, tag
 STRIPE = 18.0
 CHIP_PADDING = 6.0
 MIN_CHIP, MAX_CHIP = 92.0, 200.0
-MAX_LABEL = 17  # places
+MAX_LABEL, MAX_LINES = 17, 3  # places, and lines beside one weight
+LINE_PITCH = 12
 RADIUS = 4.0
-SIGNS = {"add": "M-4 0H4M0-4V4", "mul": "M-3-3L3 3M-3 3L3-3", "cat": "M-2-4V4M2-4V4"}
-WORDS = {"add": "sum", "mul": "product", "cat": "concatenation"}
+SIGNS = {"add": "M-4 0H4M0-4V4", "mul": "M-3-3L3 3M-3 3L3-3", "cat": "M-2-4V4M2-4V4", LOOP: "M-4.5 0h2M-1 0h2M2.5 0h2"}
+WORDS = {"add": "sum", "mul": "product", "cat": "concatenation", LOOP: "many joins"}
 
 
 def chip_width(scene: Scene) -> float:
@@ -45,12 +46,12 @@ def chip_width(scene: Scene) -> float:
 
 def label_width(scene: Scene) -> float:
     """Pixels that the names of the boxes need."""
-    lines = [line for box in scene.boxes for line in label_lines(box.name, MAX_LABEL, 2)]
+    lines = [line for box in scene.boxes for line in label_lines(box.name, MAX_LABEL, MAX_LINES)]
     return round(max((width_of(line, LABEL_SIZE) for line in lines), default=0.0))
 
 
 def join_kind(fn: str) -> str:
-    """`add`, `mul` or `cat` of the function of a join."""
+    """`add`, `mul`, `cat` or `loop` of the function of a join."""
     return next((kind for kind in SIGNS if kind in fn), "cat")
 
 
@@ -96,9 +97,11 @@ def _boxes(
         if len(groups) == 1:
             bar = tag("rect", x=_px(left), y=_px(start), width=5, height=_px(stop - start), rx=2.5, class_="q")
             parts.append(tag("g", bar, class_=group_class(groups.pop())))
-        names = label_lines(box.name, MAX_LABEL, max(2, int(line.height // 13)))
-        y = top + CHIP_HEIGHT / 2 + 4 - 6 * (min(2, len(names)) - 1)
-        parts += [tag("text", text, x=_px(left + 11), y=_px(y + 13 * at), class_="l") for at, text in enumerate(names)]
+        names = label_lines(box.name, MAX_LABEL, max(MAX_LINES, int(line.height // LINE_PITCH)))
+        y = top + CHIP_HEIGHT / 2 + 4 - LINE_PITCH / 2 * (min(MAX_LINES, len(names)) - 1)
+        parts += [
+            tag("text", text, x=_px(left + 11), y=_px(y + LINE_PITCH * at), class_="l") for at, text in enumerate(names)
+        ]
         yield tag("g", *parts)
 
 
@@ -151,7 +154,8 @@ def _words(scene: Scene, fqn: str, site: Site) -> str:
 
 def _join(site: Site, count: int, centre: Point) -> Markup:
     kind = join_kind(site.fn)
-    words = f"{WORDS[kind]} in {site.scope or 'the root'}" + f", {count} side by side" * (count > 1)
+    number = f"{site.num_uses} joins" if kind == LOOP else WORDS[kind]
+    words = f"{number} in {site.scope or 'the root'}" + f", {count} side by side" * (count > 1)
     parts = (tag("title", words), tag("circle", r=JOIN_SIZE / 2, class_="i"), tag("path", d=SIGNS[kind], class_="m"))
     return tag("g", *parts, transform=f"translate({_px(centre[0])} {_px(centre[1])})")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,8 +12,9 @@ import networkx as nx
 from gapfx.capture import Capture
 from gapfx.layers import Layer, layer_graph
 
-# More joins than this in one module are a loop over time: what flows through all of them is drawn as one.
-MAX_JOINS = 8
+# More joins than this in a row, in one module, are arithmetic or a loop over time: they are drawn as one.
+MAX_JOINS = 3
+LOOP = "loop"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ def figure_graph(capture: Capture) -> nx.DiGraph[str]:
     """
     graph = _without_idle_joins(_with_calls_folded(capture, layer_graph(capture)))
     _chain_joins(graph)
-    _shorten_loops(graph)
     _merge_joins(graph)
-    return _without_idle_joins(graph)
+    return _without_idle_joins(_fold_loops(graph))
 
 
 def site_of(graph: nx.DiGraph[str], name: str) -> Site:
@@ -121,19 +121,39 @@ def _gathers_part(graph: nx.DiGraph[str], other: str, name: str, sources: set[st
     return set(graph.predecessors(other)) < sources
 
 
-def _shorten_loops(graph: nx.DiGraph[str]) -> None:
-    """In a module with many joins, drop the edge past a join to where that join leads too."""
-    per_scope = Counter(site_of(graph, name).scope for name in _joins(graph))
-    for name in _joins(graph):
-        scope = site_of(graph, name).scope
-        if per_scope[scope] <= MAX_JOINS:
-            continue
-        after = set(graph.successors(name))
-        inner = [
-            other for other in after if site_of(graph, other).kind == "join" and site_of(graph, other).scope == scope
-        ]
-        beyond = {target for other in inner for target in graph.successors(other)}
-        graph.remove_edges_from([(name, target) for target in after & beyond])
+def _fold_loops(graph: nx.DiGraph[str]) -> nx.DiGraph[str]:
+    """Draw many joins of one module, with no weight between them, as one."""
+    order = {name: index for index, name in enumerate(graph)}
+    folded = graph.copy()
+    for names in _loops(graph):
+        last = max(names, key=order.__getitem__)
+        inside = set(names)
+        folded.add_edges_from((s, last) for name in names for s in graph.predecessors(name) if s not in inside)
+        folded.add_edges_from((last, t) for name in names for t in graph.successors(name) if t not in inside)
+        folded.remove_nodes_from(inside - {last})
+        folded.nodes[last]["site"] = replace(site_of(graph, last), fn=LOOP, num_uses=len(names))
+    if not nx.is_directed_acyclic_graph(folded):
+        return graph
+    ordered: nx.DiGraph[str] = nx.DiGraph()
+    for name in nx.lexicographical_topological_sort(folded, key=order.__getitem__):
+        ordered.add_node(name, site=site_of(folded, name))
+    ordered.add_edges_from(folded.edges)
+    return ordered
+
+
+def _loops(graph: nx.DiGraph[str]) -> Iterable[list[str]]:
+    """Sets of more than MAX_JOINS joins that feed each other, in one module, behind equally many weights."""
+    depth: dict[str, int] = {}
+    members: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in graph:
+        before = (depth[source] + (site_of(graph, source).kind != "join") for source in graph.predecessors(name))
+        depth[name] = max(before, default=0)
+        if site_of(graph, name).kind == "join":
+            members[site_of(graph, name).scope, depth[name]].append(name)
+    for names in members.values():
+        if len(names) > MAX_JOINS:
+            parts = nx.weakly_connected_components(graph.subgraph(names))
+            yield from (sorted(part) for part in parts if len(part) > MAX_JOINS)
 
 
 def _merge_joins(graph: nx.DiGraph[str]) -> None:

@@ -66,7 +66,7 @@ def label_lines(name: str, limit: int, num_lines: int) -> list[str]:
     lines[-1] = lines[-1].rstrip(".")
     if len(lines) > num_lines:
         lines = lines[-num_lines:]
-        lines[0] = clip(ELLIPSIS + lines[0], limit)
+        lines[0] = ELLIPSIS + _end(lines[0], limit - 1)
     return lines
 
 
