@@ -92,6 +92,21 @@ ROLES: dict[str, tuple[Callable[[Tensor, Tensor, Any], Tensor], str, str]] = {
     "joined with an activation": (lambda x, w, m: torch.cat([x, w]) @ m.linear.weight, "other", "cat"),
     "an exponent that multiplies": (lambda x, w, m: x * w.exp()[0], "other", "exp"),
     "its mean subtracted": (lambda x, w, m: x @ (w - w.mean()), "other", "mean"),
+    "standardised by rows": (
+        lambda x, w, m: F.linear(x, (w - torch.var_mean(w, 1, keepdim=True)[1]) / 2),
+        "other",
+        "var_mean",
+    ),
+    "standardised by a norm": (
+        lambda x, w, m: F.linear(x, F.batch_norm(w[None], None, None, training=True)[0]),
+        "other",
+        "batch_norm",
+    ),
+    "the gain of a standardised weight": (
+        lambda x, w, m: F.linear(x, F.batch_norm(m.linear.weight[None], None, None, w[0], training=True)[0]),
+        "other",
+        "batch_norm",
+    ),
     "a lookup": (lambda x, w, m: F.embedding(IDS, w) + x, "embedding", "embedding"),
     "a lookup and a product": (lambda x, w, m: F.embedding(IDS, w) @ w, "gemm", "embedding"),
     "rows chosen by the input": (lambda x, w, m: x @ w[x.argmax(1)].T, "embedding", "getitem"),
@@ -117,6 +132,10 @@ def recorded(model: nn.Module, *inputs: Tensor) -> Capture:
     return capture(model, lambda module: module(*inputs))
 
 
+STANDARDISED = (
+    ": its zeros do not stay zeros, and zeros made after that would not be in the state_dict;"
+    " to make it sparse, put the standardised weight into a plain layer first"
+)
 REASONS = {
     "summand of addmm": "the bias of addmm",
     "bias of linear": "the bias of linear, after mean",
@@ -127,7 +146,10 @@ REASONS = {
     "a position table": "added to activations by add: a position table or a bias",
     "joined with an activation": "joined with activations by cat: a token or a table",
     "an exponent that multiplies": "multiplied with activations element by element by mul: a scale, after exp",
-    "its mean subtracted": "reaches matmul through sub, where its zeros do not stay zeros",
+    "its mean subtracted": f"standardised by sub before matmul{STANDARDISED}",
+    "standardised by rows": f"standardised by sub before linear{STANDARDISED}",
+    "the gain of a standardised weight": "the scale or bias of batch_norm",
+    "standardised by a norm": f"standardised by batch_norm before linear{STANDARDISED}",
     "plus its transpose": "reaches matmul through add, where its zeros do not stay zeros",
     "clamped above zero": "reaches matmul through clamp, where its zeros do not stay zeros",
     "returned": "returned by the model as it is: an output, no weight",

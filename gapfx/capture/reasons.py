@@ -9,6 +9,11 @@ from gapfx.capture.nodes import argument_places, fn_of, inside_of
 from gapfx.capture.opsets import GEMM, JOINS, NORMS, SCALES, SUMMANDS
 
 MAX_STEPS = 200
+MEANS = frozenset({"mean", "var_mean", "std_mean"})
+STANDARDISED = (
+    "standardised by {} before {}: its zeros do not stay zeros, and zeros made after that would not be in the state_dict;"
+    " to make it sparse, put the standardised weight into a plain layer first"
+)
 
 
 def reason_of(end: End, active: set[fx.Node]) -> str:
@@ -23,9 +28,21 @@ def reason_of(end: End, active: set[fx.Node]) -> str:
     if last is None:
         return f"taken by {fn}, and what that gives does not meet an activation"
     value, consumer = last
+    if fn in NORMS and not argument_places(end.value, end.consumer) <= {0, "input"}:
+        return f"the scale or bias of {fn}"
     if consumer_role(value, consumer) == "gemm":
+        if _is_standardised(end.consumer):
+            return STANDARDISED.format(fn, fn_of(consumer))
         return f"reaches {fn_of(consumer)} through {fn}, where its zeros do not stay zeros"
     return f"{_direct(value, consumer)}, after {fn}"
+
+
+def _is_standardised(consumer: fx.Node) -> bool:
+    """Whether a mean is subtracted: by a norm, or by hand."""
+    if fn_of(consumer) in NORMS:
+        return True
+    sources = {fn_of(source) for node in consumer.all_input_nodes for source in (node, *node.all_input_nodes)}
+    return fn_of(consumer) == "sub" and not sources.isdisjoint(MEANS)
 
 
 def module_reason(fn: str, name: str) -> str:
