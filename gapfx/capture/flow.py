@@ -146,7 +146,7 @@ def _without_tables(found: list[tuple[End, Way]], lookups: list[tuple[fx.Node, f
     A parameter that is looked up is a table when a product takes it or its rows, such as a codebook and its distances,
     unless the rows are the weight of a convolution or linear.
     """
-    rows = [end for end, way in found if way == "looked up" and end.role == "gemm"]
+    rows = {end for end, way in found if way == "looked up" and end.role == "gemm"}
     is_weight = any(_is_weight(end.value, end.consumer) for end, way in found if way != "own" and end.role == "gemm")
     is_table = bool(lookups) and not is_weight and any(end.role == "gemm" for end, _ in found)
     yield from (end for end, _ in found if not (is_table and end in rows))

@@ -11,8 +11,8 @@ from gapfx.capture.opsets import GEMM, JOINS, NORMS, SCALES, SUMMANDS
 MAX_STEPS = 200
 MEANS = frozenset({"mean", "var_mean", "std_mean"})
 STANDARDISED = (
-    "standardised by {} before {}: its zeros do not stay zeros, and zeros made after that would not be in the state_dict;"
-    " to make it sparse, put the standardised weight into a plain layer first"
+    "standardised by {} before {}: its zeros do not stay zeros, and zeros made after that would not be in the"
+    " state_dict; to make it sparse, put the standardised weight into a plain layer first"
 )
 
 
