@@ -173,7 +173,8 @@ def boxes(svg: str) -> list[Drawn]:
         rect = group.find(f"{SVG}rect[@class='box']")
         if rect is not None:
             x, y, width, height = (float(rect.get(name, "")) for name in ("x", "y", "width", "height"))
-            found.append(Drawn("box", group.findtext(f"{SVG}title", ""), x + left, y + top, width, height))
+            texts = tuple(("l", float(t.get("x", "")) + left, t.text or "") for t in group.findall(f"{SVG}text"))
+            found.append(Drawn("box", group.findtext(f"{SVG}title", ""), x + left, y + top, width, height, texts))
     return found
 
 

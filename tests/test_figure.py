@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from gapfx.figure import MARKER
-from gapfx.figure.labels import NAME_SIZE, SHAPE_SIZE, width_of
+from gapfx.figure.labels import LABEL_SIZE, NAME_SIZE, SHAPE_SIZE, width_of
 from gapfx.figure.legend import entries
 from gapfx.figure.palette import DARK, GREY, HUES, LIGHT, NUM_LOOKS, TINT, contrast, group_class, is_striped, mix
 from gapfx.figure.scene import Scene
 from gapfx.figure.svg import draw
 from gapfx.plan import Group, Plan, Weight
-from tests.figures import MODELS, SVG, chips, scene, scene_of
+from tests.figures import MODELS, SVG, boxes, chips, scene, scene_of
 from tests.models import LanguageModel, mlp, tokens
 from tests.runs import gapfx
 
@@ -64,6 +64,25 @@ def test_text_fits_into_the_weights(name: str) -> None:
         texts = [(x, text, sizes[look]) for look, x, text in chip.texts if look in sizes]
         assert len(texts) == 2
         assert all(text and x + width_of(text, size) <= chip.width for x, text, size in texts), chip
+
+
+def test_names_of_boxes_end_before_the_weights() -> None:
+    inner = nn.Sequential(*(mlp() for _ in range(3)))
+    model = nn.ModuleDict({"a_rather_long_name": nn.ModuleDict({"of_another_model": nn.ModuleDict({"layers": inner})})})
+    svg = draw(scene_of(_Calls(model, inner), torch.randn(4, 6)))
+    first = min(chip.x for chip in chips(svg))
+    names = [(x, text) for box in boxes(svg) for _, x, text in box.texts if text]
+    assert len({text for _, text in names}) > 3
+    assert all(x + width_of(text, LABEL_SIZE) < first for x, text in names)
+
+
+class _Calls(nn.Module):
+    def __init__(self, model: nn.Module, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.model, self.inner = model, (inner,)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [block(x) for block in self.inner[0]]
 
 
 def test_hovering_over_a_weight_tells_everything_about_it() -> None:

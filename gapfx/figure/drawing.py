@@ -46,7 +46,7 @@ def chip_width(scene: Scene) -> float:
 
 def label_width(scene: Scene) -> float:
     """Pixels that the names of the boxes need."""
-    lines = [line for box in scene.boxes for line in label_lines(box.name, MAX_LABEL, MAX_LINES)]
+    lines = [line for box in scene.boxes for line in label_lines(box.name, MAX_LABEL, len(box.name))]
     return round(max((width_of(line, LABEL_SIZE) for line in lines), default=0.0))
 
 
