@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gapfx.passes.find_blocks import Block
 from gapfx.plan import DenseWeight, Group, Plan, Weight
 from tools.zoo_cases.cases import Case, Inputs, kind_of
 from tools.zoo_cases.checks import check
-from tools.zoo_cases.partitions import faults_of
+from tools.zoo_cases.partitions import faults_of, pieces_of
 from tools.zoo_cases.running import Difference
 from tools.zoo_cases.two_ranks import check_two_ranks
 
@@ -115,6 +116,14 @@ def test_faults_of_a_plan_are_sentences(kind: type[nn.Module], plan: Plan, found
     model = kind()
     matrices = {fqn for fqn, value in model.named_parameters(remove_duplicate=False) if value.ndim >= 2}
     assert list(faults_of(model, plan, matrices)) == found
+
+
+def test_a_block_may_be_split_only_when_it_is_larger_than_a_mean_group() -> None:
+    plan = Plan((group("a", FIRST), group("b", LAST)))
+    large, small = Block("both", "", ("first.weight", "last.weight")), Block("first", "", ("first.weight",))
+    assert pieces_of(plan, (large, small)) == (["both (60 weights) is in 2 groups"], [])
+    three = Plan((*plan.groups, group("c", Weight("big", (100, 6), 0.5))))
+    assert pieces_of(three, (large, small)) == ([], ["both (60 weights) is in 2 groups"])
 
 
 def test_a_model_without_matrices_passes_and_one_whose_matrix_is_not_found_fails() -> None:

@@ -15,8 +15,8 @@ from gapfx.capture import capture, capture_eval, outline, tensors_in
 from gapfx.masks import stored_parameter
 from gapfx.plan import Plan
 from tools.zoo_cases.cases import Case, Inputs, kind_of
-from tools.zoo_cases.masked import Pair, by_hand, compiled, put_on, random_masks
-from tools.zoo_cases.partitions import faults_of
+from tools.zoo_cases.masked import BlockWatch, Pair, by_hand, compiled, put_on, random_masks
+from tools.zoo_cases.partitions import faults_of, pieces_of
 from tools.zoo_cases.running import (
     Difference,
     NotRunnable,
@@ -171,8 +171,9 @@ def put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 def _planned(case: Case, model: nn.Module, inputs: Inputs, result: Result) -> Plan:
     """The plan of the model, which is masked in place; what is wrong with the plan is a failure."""
     matrices = {fqn for fqn, parameter in model.named_parameters(remove_duplicate=False) if parameter.ndim >= 2}
+    watch = BlockWatch()
     began = time.perf_counter()
-    made = compiled(model, inputs)
+    made = compiled(model, inputs, watch)
     result.facts["compile_seconds"] = time.perf_counter() - began
     if is_slow(result.facts):
         _measure_again(case, result)
@@ -186,7 +187,9 @@ def _planned(case: Case, model: nn.Module, inputs: Inputs, result: Result) -> Pl
     }
     if made.notes:
         result.facts["refusals"] = [note[:200] for note in made.notes[:3]]
-    for fault in faults_of(model, plan, matrices):
+    pieces, cuts = pieces_of(plan, watch.blocks)
+    result.facts |= {"blocks": len(watch.blocks)} | ({"pieces": pieces} if pieces else {})
+    for fault in (*faults_of(model, plan, matrices), *cuts):
         result.fail("partition", fault)
     return plan
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gapfx.compiler import Unit
 from gapfx.masks import pack, stored_parameter, write_bits
+from gapfx.passes.find_blocks import Block, FindBlocks
+from gapfx.passes.partition import Partition
 from gapfx.plan import Plan
 from gapfx.sparse import Compiled, CompileOptions, compile_model
 from tools.zoo_cases.cases import Inputs
@@ -18,10 +21,26 @@ SPARSITY = 0.5
 Masks = Mapping[str, Tensor]
 
 
-def compiled(model: nn.Module, inputs: Inputs) -> Compiled:
+class BlockWatch:
+    """Keeps the blocks that a compilation finds: it asks before the model is masked."""
+
+    def __init__(self) -> None:
+        self.blocks: tuple[Block, ...] = ()
+
+    def begin(self, unit: Unit) -> None:
+        """Nothing is known yet."""
+
+    def after(self, name: str, unit: Unit) -> None:
+        """Ask once the weights are in groups."""
+        if name == Partition.name:
+            self.blocks = unit.latest(FindBlocks)
+
+
+def compiled(model: nn.Module, inputs: Inputs, *watchers: BlockWatch) -> Compiled:
     """The model captured, planned and masked in place, all masks ones."""
     seed_all(1)
-    return compile_model(model, lambda m: m(*inputs.args, **inputs.kwargs), CompileOptions(sparsity=SPARSITY))
+    options = CompileOptions(sparsity=SPARSITY)
+    return compile_model(model, lambda m: m(*inputs.args, **inputs.kwargs), options, watchers=watchers)
 
 
 def random_masks(plan: Plan) -> dict[str, Tensor]:

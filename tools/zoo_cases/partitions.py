@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from gapfx.passes.find_blocks import Block
 from gapfx.plan import Plan
 
 
@@ -35,3 +36,19 @@ def _unnamed(model: nn.Module, plan: Plan, places: Counter[str], matrices: set[s
             yield f"{shared[0]} is {'both in a group and dense' if is_dense else 'neither in a group nor dense'}"
         elif in_groups and len(in_groups) < len(shared):
             yield f"{shared[0]} is tied under {len(shared)} names, of which the plan knows {', '.join(in_groups)}"
+
+
+def pieces_of(plan: Plan, blocks: Sequence[Block]) -> tuple[list[str], list[str]]:
+    """Blocks in several groups, in a sentence each: those larger than a mean group, and the others, which are faults.
+
+    A block is a repeated part of the model, or one layer: an attention, the experts of a layer.
+    """
+    group_of, sizes = plan.group_of(), {weight.fqn: weight.numel for weight in plan.weights()}
+    mean = sum(sizes.values()) / max(1, len(plan.groups))
+    found: tuple[list[str], list[str]] = ([], [])
+    for block in blocks:
+        planned = [fqn for fqn in block.weights if fqn in group_of]
+        groups, numel = {group_of[fqn] for fqn in planned}, sum(sizes[fqn] for fqn in planned)
+        if len(groups) > 1:
+            found[numel <= mean].append(f"{block.name} ({numel:,} weights) is in {len(groups)} groups")
+    return found

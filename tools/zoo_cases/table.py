@@ -47,6 +47,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts += ["## By kind of model", _table(KIND_COLUMNS, sorted(_by(ran, _kind, _kind_cells)))]
     parts += _section("Failures", [row for row in rows if row["status"] == "failed"], _causes)
     parts += _section(f"Slower than {FORWARDS} forwards + {SECONDS:g} s", [row for row in ran if _slow(row)], _pace)
+    parts += _section("Blocks larger than a mean group, split", _having(ran, "pieces"), _pieces)
     parts += _section("Do not repeat themselves without gapfx", _having(ran, "varies"), _fact("varies"))
     parts += _section("NaN in the reference and in the masked model", _having(ran, "train_nan"), _fact("train_nan"))
     parts += _section("Less than half of the weights get a gradient", [row for row in ran if _is_numb(row)], _live)
@@ -133,6 +134,11 @@ def _fact(name: str) -> Callable[[Row], str]:
 def _pace(row: Row) -> str:
     facts = row["facts"]
     return f"{facts['compile_seconds']:.2f} s, a forward takes {facts['forward_seconds']:.3f} s"
+
+
+def _pieces(row: Row) -> str:
+    pieces = row["facts"]["pieces"]
+    return "; ".join(pieces[:3]) + (f"; {len(pieces) - 3} more" if len(pieces) > 3 else "")
 
 
 def _live(row: Row) -> str:
