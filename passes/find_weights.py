@@ -66,9 +66,10 @@ class FindWeights(Analysis[FoundWeights]):
         capture, ties = unit.capture, unit.latest(TieWeights)
         # By name, not by attribute: a masked attribute gives the masked weight.
         tensors = dict(capture.model.named_parameters())
+        modules = dict(capture.model.named_modules(remove_duplicate=False))
         others = _other_reasons(capture)
         reasons = {
-            fqn: _fixed_reason(capture, item, tensors[fqn], others.get(fqn, ()))
+            fqn: _fixed_reason(capture, item, tensors[fqn], others.get(fqn, ())) or _home_reason(modules, item)
             for fqn, item in capture.parameters.items()
         }
         if not self.embeddings:
@@ -105,7 +106,7 @@ def _found(parameter: Parameter, fns: Mapping[tuple[str, str], str]) -> FoundWei
 
 
 def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter, others: Sequence[str]) -> str:
-    """Why a parameter cannot be sparse, whatever the options say; "" when it can. `others` are reasons of the uses."""
+    """Why a parameter is no weight that trains; "" when it is. `others` are reasons of the uses."""
     if len(parameter.shape) < 2:
         return f"{len(parameter.shape)} dimension(s): a bias, a norm or a scale"
     if parameter.role == "unused":
@@ -118,7 +119,7 @@ def _fixed_reason(capture: Capture, parameter: Parameter, tensor: nn.Parameter, 
         return f"values of type {str(tensor.dtype).removeprefix('torch.')}"
     if not tensor.requires_grad:
         return "it does not require a gradient"
-    return _home_reason(capture.model, parameter)
+    return ""
 
 
 def _other_reasons(capture: Capture) -> Mapping[str, Sequence[str]]:
@@ -136,9 +137,9 @@ def _is_norm_magnitude(capture: Capture, fqn: str) -> bool:
     return any(fqn.endswith(g) and fqn.removesuffix(g) + v in capture.parameters for g, v in pairs)
 
 
-def _home_reason(model: nn.Module, parameter: Parameter) -> str:
+def _home_reason(modules: Mapping[str, nn.Module], parameter: Parameter) -> str:
     for fqn in (parameter.fqn, *parameter.aliases):
-        home = model.get_submodule(fqn.rpartition(".")[0])
+        home = modules[fqn.rpartition(".")[0]]
         if not isinstance(vars(home)["_parameters"][fqn.rpartition(".")[2]], nn.Parameter):
             return "it is no parameter any more (a deep copy of a ScriptModule): an optimizer cannot train it"
         if isinstance(home, (nn.Embedding, nn.EmbeddingBag)) and home.max_norm is not None:

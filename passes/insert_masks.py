@@ -10,7 +10,7 @@ from torch import nn
 
 import gapfx.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from gapfx.compiler import Analysis, Rewrite, Unit, register
-from gapfx.masks import MASK_PREFIX, pack
+from gapfx.masks import MASK_PREFIX, num_bytes
 from gapfx.owners import Owner, holders
 from gapfx.passes.allocate_sparsity import AllocateSparsity
 from gapfx.passes.find_blocks import FindBlocks
@@ -74,4 +74,7 @@ def mask_read(owner: Owner, name: str) -> bool:
 
 
 def _ones(weight: nn.Parameter) -> torch.Tensor:
-    return pack(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+    bits = torch.full((num_bytes(weight.numel()),), 255, dtype=torch.uint8, device=weight.device)
+    if weight.numel() % 8:
+        bits[-1] = (1 << weight.numel() % 8) - 1  # spare bits are 0
+    return bits

@@ -35,10 +35,11 @@ class TieWeights(Analysis[Mapping[str, Tie]]):
         """Ties by FQN (the first name of the parameter), in the order of the parameters."""
         uses = reversed(unit.capture.uses)
         lookups = {use.fqn: use.user or "the root" for use in uses if use.role == "embedding"}
+        modules = dict(unit.capture.model.named_modules(remove_duplicate=False))
         found: dict[str, Tie] = {}
         for parameter in unit.capture.parameters.values():
             homes = [fqn.rpartition(".")[0] for fqn in (parameter.fqn, *parameter.aliases)]
-            tables = [home for home in homes if isinstance(unit.capture.model.get_submodule(home), nn.Embedding)]
+            tables = [home for home in homes if isinstance(modules[home], nn.Embedding)]
             embedding = lookups.get(parameter.fqn) or (tables[0] if tables else "")
             if parameter.aliases or (embedding and parameter.role == "gemm"):
                 found[parameter.fqn] = Tie(parameter.fqn, parameter.aliases, embedding)

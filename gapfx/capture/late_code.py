@@ -12,6 +12,16 @@ from torch import fx, nn
 KEYWORD_ATTRIBUTE = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b(?![\"'])")
 
 
+# What torch gives every GraphModule, but for what is about its graph: empty containers, and flags.
+BLANK: dict[str, Any] = {
+    name: value
+    for name, value in vars(fx.GraphModule(nn.Module(), fx.Graph())).items()
+    if name not in ("_graph", "_code", "_lineno_map", "_prologue_start")
+}
+CONTAINERS = {name: type(value) for name, value in BLANK.items() if hasattr(value, "__len__") and not value}
+FLAGS = {name: value for name, value in BLANK.items() if name not in CONTAINERS}
+
+
 def spell_keywords(graph: fx.Graph) -> None:
     """Let the code of a graph read modules and parameters that are called `class` or `lambda`."""
 
@@ -32,8 +42,20 @@ class LateGraphModule(fx.GraphModule):
         return object.__new__(LateGraphModule)
 
     def __init__(self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "GraphModule") -> None:
-        super().__init__(root, graph, class_name=LateGraphModule.__name__)  # which renames the class
+        targets = {str(node.target) for op in ("get_attr", "call_module") for node in graph.find_nodes(op=op)}
+        if isinstance(root, nn.Module) and targets <= {*vars(root)["_parameters"], *vars(root)["_buffers"]}:
+            self._take(root, graph, targets)
+        else:
+            super().__init__(root, graph, class_name=LateGraphModule.__name__)  # which renames the class
         self._class_name = class_name
+
+    def _take(self, root: nn.Module, graph: fx.Graph, targets: set[str]) -> None:
+        """What `GraphModule.__init__` does, without setting attribute by attribute, which takes most of its time."""
+        vars(self).update({name: make() for name, make in CONTAINERS.items()}, **FLAGS)
+        self.training = root.training
+        for table in ("_parameters", "_buffers"):
+            vars(self)[table].update({name: own for name, own in vars(root)[table].items() if name in targets})
+        self.graph = graph
 
     def _deepcopy_init(self) -> Any:
         return functools.partial(LateGraphModule.__init__, class_name=self._class_name)
