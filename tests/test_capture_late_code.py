@@ -43,3 +43,17 @@ def test_a_deep_copy_runs_on_its_own() -> None:
     assert module(torch.ones(2)).tolist() == [-1.0, -1.0]
     assert twin(torch.ones(2)).tolist() == [1.0, 1.0]
     assert type(twin).__name__ == "Kept"
+
+
+def test_an_instance_has_what_torch_gives_every_graph_module() -> None:
+    linear = nn.Linear(2, 3).eval()
+    graph = fx.Tracer().trace(linear)
+    late, usual = LateGraphModule(linear, graph, "Made"), fx.GraphModule(linear, graph, "Made")
+    generated = {"_code", "_lineno_map", "_prologue_start"}
+    assert set(vars(late)) == set(vars(usual)) - generated | {"_class_name"}
+    assert dict(late.named_parameters()) == dict(linear.named_parameters())
+    assert not late.training
+    x = torch.randn(4, 2)
+    assert torch.equal(late(x), linear(x))
+    late.meta["kept"] = True
+    assert not LateGraphModule(linear, graph).meta
