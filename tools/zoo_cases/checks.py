@@ -94,12 +94,16 @@ def built(case: Case) -> tuple[nn.Module, Inputs]:
     seed_all(0)
     try:
         model, inputs = case.build().train(), case.batch(case.batch_sizes[0])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and not bool(parameter.any()):
+                    parameter.normal_(0, ZEROS_BECOME)
+        buffers = {fqn: buffer.clone() for fqn, buffer in model.named_buffers()}
+        # Some models choose their kind of attention at their first call, and draw differently from then on.
+        _forward_seconds(model, inputs)
+        put_back(model, buffers)
     except Exception as error:
         raise NotRunnable(f"{type(error).__name__}: {error}") from error
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and not bool(parameter.any()):
-                parameter.normal_(0, ZEROS_BECOME)
     return model, inputs
 
 
