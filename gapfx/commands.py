@@ -98,13 +98,15 @@ def show_plan(
     from gapfx.emit import Emitter
     from gapfx.figure import Sketch
     from gapfx.plan import Plan
+    from gapfx.quality import QualityWatch
     from gapfx.sparse import compile_model
     from gapfx.text import format_phases, format_plan
     from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
 
     given = Plan.load(plan) if plan else None
     emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
-    watchers = tuple(watcher for watcher in (emitter, sketch) if watcher)
+    quality = QualityWatch()
+    watchers = (quality, *(watcher for watcher in (emitter, sketch) if watcher))
     request = Request(Path(), passes=passes, observer=_print_pass if show_passes else None, watchers=watchers)
     if task.data and task.loss and not input_shapes:
         feed = make_feed(task, settings, rank=0, world_size=1)
@@ -123,6 +125,7 @@ def show_plan(
         return made.to_json()
     parts = [
         format_plan(made),
+        quality.text(made),
         format_phases(made) if made.phases else "",
         *(f"note: {note}" for note in compiled.notes),
     ]

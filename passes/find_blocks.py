@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -15,6 +16,7 @@ from gapfx.capture import Capture
 from gapfx.compiler import Analysis, Unit, register
 from gapfx.layers import execution_order, in_series, layer_graph, layer_of
 from gapfx.passes.find_weights import FindWeights
+from gapfx.repeats import tandem_repeats
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -39,7 +41,9 @@ class FindBlocks(Analysis[tuple[Block, ...]]):
 
     A block is one of two or more siblings of one class in a container, with two or more weights each, such as a
     Transformer layer or a bottleneck. Siblings that run one after the other and mostly consist of such blocks are
-    stages, and their blocks count instead. Without any container of blocks, equal children of the root count.
+    stages, and their blocks count instead. Without any container of blocks, equal children of the root count, or the
+    layers of a recurrent network (both directions in one), or what repeats in the order of execution by kind of
+    product and shape: whichever holds most weights.
     """
 
     name: ClassVar[str] = "find-blocks"
@@ -50,15 +54,55 @@ class FindBlocks(Analysis[tuple[Block, ...]]):
         # What repeats is a matter of structure: weights that stay dense count here, and are left out below.
         parameters = unit.capture.parameters
         tree = _Tree(unit.capture, [fqn for fqn in execution_order(unit.capture) if parameters[fqn].role == "gemm"])
-        names = list(tree.blocks("")) or list(tree.siblings(tree.children("")))
-        inside = {fqn: name for name in names for fqn in tree.weights(name)}
+        recurrent = dict(recurrent_layers(unit.capture, tree.fqns))
+        inside = tree.members(tree.blocks(""))
+        if not inside:
+            equal, unnamed = tree.members(tree.equal_children("")), dict(unnamed_blocks(unit.capture, tree.fqns))
+            inside = max(equal, recurrent, unnamed, key=len)
+        inside = recurrent | inside
         blocks: dict[str, list[str]] = {}
         for weight in found:
             blocks.setdefault(inside.get(weight.fqn) or layer_of(unit.capture, weight.fqn), []).append(weight.fqn)
-        repeated = set(names)
+        repeated = set(inside.values())
         return tuple(
             Block(name, name.rpartition(".")[0], tuple(fqns), name in repeated) for name, fqns in blocks.items()
         )
+
+
+def recurrent_layers(capture: Capture, fqns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(weight, block) for the weights of recurrent modules with two or more layers: `lstm.weight_ih_l1` is in `lstm.1`.
+
+    The layers of one module are no modules, so that only the names of the weights tell them apart.
+    """
+    for fqn in fqns:
+        owner = capture.parameters[fqn].owner
+        module = capture.model.get_submodule(owner)
+        number = re.search(r"_l(\d+)(_reverse)?$", fqn)
+        if isinstance(module, nn.RNNBase) and module.num_layers > 1 and number:
+            yield fqn, f"{owner}.{number[1]}" if owner else f"layer {number[1]}"
+
+
+def unnamed_blocks(capture: Capture, fqns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(weight, block) for weights whose kinds and shapes repeat in the order of execution.
+
+    A block is named after its first layer, or its first weight where other blocks are in that layer too. Repeats of
+    single layers say nothing; those that would cut an attention or a recurrent network apart are left out.
+    """
+    fns = {use.fqn: use.fn for use in reversed(capture.uses) if use.role == "gemm"}
+    layers = [layer_of(capture, fqn) for fqn in fqns]
+    for repeat in tandem_repeats([(fns[fqn], capture.parameters[fqn].shape) for fqn in fqns]):
+        shared = {layers[at] for at in range(repeat.start + 1, repeat.stop) if layers[at] == layers[at - 1]}
+        stops = [span.stop for span in repeat.spans() if span.stop < len(fqns)]
+        cut = {layers[stop] for stop in stops if layers[stop - 1] == layers[stop]}
+        if (repeat.period > 1 or shared) and not any(_is_whole(capture, layer) for layer in cut):
+            for span in repeat.spans():
+                own = layers[span.start]
+                name = own if layers[span.start : span.stop].count(own) == layers.count(own) else fqns[span.start]
+                yield from ((fqns[at], name) for at in span)
+
+
+def _is_whole(capture: Capture, name: str) -> bool:
+    return isinstance(capture.model.get_submodule(name), (nn.MultiheadAttention, nn.RNNBase))
 
 
 @dataclass(frozen=True)
@@ -91,6 +135,15 @@ class _Tree:
         """Children that hold weights."""
         names = (f"{name}.{child}" if name else child for child, _ in self._module(name).named_children())
         return [child for child in names if child in self._below]
+
+    def members(self, names: Iterable[str]) -> dict[str, str]:
+        """Weight -> the one of `names` that it is in."""
+        return {fqn: name for name in names for fqn in self.weights(name)}
+
+    def equal_children(self, name: str) -> Iterator[str]:
+        """Children that share their class; lists of modules or parameters are none that run."""
+        lists = (*CONTAINERS, nn.ParameterList, nn.ParameterDict)
+        return self.siblings([child for child in self.children(name) if not isinstance(self._module(child), lists)])
 
     def siblings(self, names: list[str]) -> Iterator[str]:
         """Those of `names` that have two or more weights and share their class with another one."""

@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "emit": "capture owners compiler text",
     "text": "errors plan pattern schedule capture quantities",
     "compiler": "errors registry options plan capture owners realise text",
-    "passes": "errors registry allocation chains globs plan pattern criterion masks ops capture layers owners compiler",
+    "repeats": ALLOWED_NOTHING,
+    "passes": "errors registry allocation chains globs repeats plan pattern criterion masks ops capture layers owners "
+    "compiler",
     "runtime": "errors registry plan pattern criterion masks ops schedule",
     "settings": "errors",
     "task": "errors",
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     "progress": "errors plan schedule quantities",
     "report": "errors plan schedule quantities run_dir",
     "figure": "plan quantities chains capture layers compiler passes report",
+    "quality": "plan layers compiler passes text",
     "sparse": "errors plan pattern criterion masks capture compiler passes",
     "recording": "errors plan settings run_dir progress runtime",
     "results": "errors plan masks settings task run_dir report sparse runtime",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -111,17 +110,64 @@ def test_equal_children_of_the_root_are_blocks_when_nothing_else_repeats() -> No
     assert found(Pair(Mlp), torch.randn(2, 8)) == (["one", "two"], [])
 
 
-@pytest.mark.parametrize(
-    ("make", "inputs", "layers"),
-    [
-        (mlp, lambda: (torch.randn(2, 6),), ["0", "2", "4"]),
-        (Tagger, lambda: (tokens(),), ["lstm", "out"]),
-    ],
-)
-def test_without_repeats_every_layer_is_a_block_of_its_own(
-    make: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...]], layers: list[str]
-) -> None:
-    assert found(make(), *inputs()) == ([], layers)
+def test_without_repeats_every_layer_is_a_block_of_its_own() -> None:
+    assert found(mlp(), torch.randn(2, 6)) == ([], ["0", "2", "4"])
+
+
+def test_layers_of_a_recurrent_network_are_blocks_with_both_directions() -> None:
+    assert found(Tagger(), tokens()) == (["lstm.0", "lstm.1"], ["out"])
+    unit = Unit(captured(nn.GRU(4, 4, 2, bidirectional=True), torch.randn(3, 2, 4)))
+    first, second = unit.fact(FindBlocks())
+    assert (first.name, second.name) == ("layer 0", "layer 1")
+    assert [fqn for fqn in first.weights if fqn.endswith("_reverse")] == [
+        "weight_ih_l0_reverse",
+        "weight_hh_l0_reverse",
+    ]
+    assert found(nn.LSTM(4, 4), torch.randn(3, 2, 4)) == ([], [""])
+
+
+class RawWeights(nn.Module):
+    """Pairs of weights in lists, used in turn by one forward."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 8))
+        self.up = nn.ParameterList(torch.randn(8, 16) for _ in range(depth))
+        self.down = nn.ParameterList(torch.randn(16, 8) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.first
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + (x @ up).relu() @ down
+        return x
+
+
+class Numbered(nn.Module):
+    """Layers that are attributes with numbers in their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(3):
+            self.add_module(f"attention{number}", nn.MultiheadAttention(8, 2, batch_first=True))
+            self.add_module(f"linear{number}", nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(3):
+            x = self.get_submodule(f"attention{number}")(x, x, x)[0]
+            x = self.get_submodule(f"linear{number}")(x)
+        return x
+
+
+def test_what_repeats_in_the_order_of_execution_is_a_block_where_no_name_tells() -> None:
+    assert found(RawWeights(3), torch.randn(2, 6)) == (["up.0", "up.1", "up.2"], [""])
+    unit = Unit(captured(RawWeights(2), torch.randn(2, 6)))
+    assert [block.weights for block in unit.fact(FindBlocks())] == [("first",), ("up.0", "down.0"), ("up.1", "down.1")]
+
+
+def test_repeats_without_names_keep_attentions_whole() -> None:
+    blocks = Unit(captured(Numbered(), torch.randn(2, 5, 8))).fact(FindBlocks())
+    assert [len(block.weights) for block in blocks] == [3, 3, 3]
+    assert [block.name for block in blocks] == ["attention0", "attention1", "attention2"]
 
 
 def test_an_attention_outside_of_every_block_stays_together() -> None:
