@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from gapfx import options
-from gapfx.capture import Capture
+from gapfx.capture import Capture, EvalReads
 from gapfx.errors import PassError, UserError
-from gapfx.owners import Owner, build_owners
+from gapfx.owners import NOTHING_READ, Owner, build_owners
 from gapfx.realise import realise_owners
 from gapfx.registry import Registry
 from gapfx.text import format_graph
@@ -76,10 +76,11 @@ class _Fact:
 class Unit:
     """A capture, the graphs of its owners, and everything that analyses found out about it.
 
-    `refusals` are (fqn, reason) of weights that a rewrite left alone.
+    `refusals` are (fqn, reason) of weights that a rewrite left alone; `in_eval` are reads of the forward in eval.
     """
 
     capture: Capture
+    in_eval: EvalReads = NOTHING_READ
     refusals: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     _chosen: dict[type[Analysis[Any]], Analysis[Any]] = field(default_factory=dict[Any, Any])
     _assumed: dict[type[Analysis[Any]], Any] = field(default_factory=dict[Any, Any])
@@ -89,7 +90,7 @@ class Unit:
     @cached_property
     def owners(self) -> dict[str, Owner]:
         """One owner for each module that holds a weight of a matrix product, a convolution or an embedding."""
-        return build_owners(self.capture)
+        return build_owners(self.capture, self.in_eval)
 
     def fact(self, analysis: Analysis[FactT]) -> FactT:
         """What this very instance finds; computed at the first question."""

@@ -26,6 +26,7 @@ class InPlaceMasks:
     fqns: tuple[str, ...]
 
     def __call__(self, root: nn.Module, args: Any) -> None:
+        """Zero what is masked, and see to it that each weight has the hook for its gradient."""
         with torch._C.DisableTorchFunction(), torch.no_grad():  # pyright: ignore[reportPrivateUsage]
             for fqn in self.fqns:
                 _mask_now(root, fqn)

@@ -13,18 +13,17 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from gapfx.capture import Capture
+from gapfx.capture import Capture, EvalReads
 from gapfx.capture.late_code import LateGraphModule
 from gapfx.capture.leaves import is_script
+from gapfx.forms import BOOKKEEPING, exact_trace
 
 Form = Literal["forward", "read", "in-place"]
 
-# Their forwards are pure in the weight, and a trace of them alone says everything.
-TRACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-# Parents that read the weights of their children: in every forward, or in the fast path of evaluation.
+# Parents that read the weights of their children: in every forward, or in the fast path of evaluation, which they take
+# or not by the batch (its padding, its dtype, a nested tensor), so that one forward in eval does not say.
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder)
-# What every module has and no forward depends on.
-BOOKKEEPING = frozenset(vars(nn.Module()))
+NOTHING_READ = EvalReads()
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,11 @@ def _first_fqns(model: nn.Module) -> dict[str, str]:
     return {fqn: first.setdefault(id(module), fqn) for fqn, module in named}
 
 
-def build_owners(capture: Capture) -> dict[str, Owner]:
-    """FQN -> owner, for each module that holds a weight of a matrix product, a convolution or an embedding."""
+def build_owners(capture: Capture, in_eval: EvalReads = NOTHING_READ) -> dict[str, Owner]:
+    """FQN -> owner, for each module that holds a weight of a matrix product, a convolution or an embedding.
+
+    `in_eval` are reads of the forward in eval, which the capture of train does not have.
+    """
     names: dict[str, list[str]] = {}
     outside: dict[str, str] = {}
     foreign = _foreign_users(capture)
@@ -86,7 +88,10 @@ def build_owners(capture: Capture) -> dict[str, Owner]:
             names.setdefault(path, []).append(name)
             if weight in foreign:
                 outside[path] = f"{name} is read from outside, by {foreign[weight]}"
-    traces: dict[tuple[Any, ...], fx.Graph] = {}
+            elif weight in in_eval.foreign:
+                reader = in_eval.foreign[weight] or "the root"
+                outside.setdefault(path, f"{name} is read from outside in eval, by {reader}")
+    traces: dict[tuple[Any, ...], fx.Graph | str] = {}
     model = capture.model
     return {path: _build(model, path, tuple(own), outside.get(path, ""), traces) for path, own in names.items()}
 
@@ -106,33 +111,36 @@ def _foreign_users(capture: Capture) -> dict[str, str]:
 
 
 def _build(
-    model: nn.Module, path: str, names: tuple[str, ...], outside: str, traces: dict[tuple[Any, ...], fx.Graph]
+    model: nn.Module, path: str, names: tuple[str, ...], outside: str, traces: dict[tuple[Any, ...], fx.Graph | str]
 ) -> Owner:
     module = model.get_submodule(path)
     if is_script(module):
         reason = f"{path} is a ScriptModule: it runs outside of Python"
         return _with_shapes(Owner(path, module, names, _reads(module, names), "in-place", reason))
-    reason = outside or _read_by_parent(model, path) or _not_traceable(module)
-    if not reason:
-        traced = LateGraphModule(module, _trace(module, traces), type(module).__name__)
-        owner = _with_shapes(Owner(path, module, names, traced, "forward"))
-        unread = [name for name in names if owner.read(name) is None]
-        if not unread:
-            return owner
-        reason = f"the forward of {type(module).__name__} does not read {unread[0]} itself"
-    return _with_shapes(Owner(path, module, names, _reads(module, names), "read", reason))
-
-
-def _trace(module: nn.Module, traces: dict[tuple[Any, ...], fx.Graph]) -> fx.Graph:
-    """The graph of the module's forward; layers of one class with equal settings are traced once."""
-    settings = sorted((name, repr(value)) for name, value in vars(module).items() if name not in BOOKKEEPING)
-    absent = [name for name, parameter in vars(module)["_parameters"].items() if parameter is None]
-    key = (type(module), *settings, *absent)
-    if key not in traces:
-        traces[key] = fx.Tracer().trace(module)
+    traced = _read_by_parent(model, path) or outside or _trace(module, names, traces)
+    if isinstance(traced, str):
+        return _with_shapes(Owner(path, module, names, _reads(module, names), "read", traced))
     graph = fx.Graph()
-    graph.output(graph.graph_copy(traces[key], {}))
-    return graph
+    graph.output(graph.graph_copy(traced, {}))
+    return _with_shapes(Owner(path, module, names, LateGraphModule(module, graph, type(module).__name__), "forward"))
+
+
+def _trace(module: nn.Module, names: tuple[str, ...], traces: dict[tuple[Any, ...], fx.Graph | str]) -> fx.Graph | str:
+    """As `exact_trace`; layers of one class with equal settings are traced once."""
+    if "forward" in vars(module) or vars(module)["_modules"]:
+        return exact_trace(module, names)
+    settings = sorted((name, _setting(value)) for name, value in vars(module).items() if name not in BOOKKEEPING)
+    stored = vars(module)["_parameters"] | vars(module)["_buffers"]
+    absent = [name for name, tensor in stored.items() if tensor is None]
+    key = (type(module), names, *settings, *absent)
+    if key not in traces:
+        traces[key] = exact_trace(module, names)
+    return traces[key]
+
+
+def _setting(value: object) -> str:
+    """Equal for equal plain values; other objects are equal to themselves alone."""
+    return repr(value) if isinstance(value, (bool, int, float, str, tuple, list, type(None))) else str(id(value))
 
 
 def _with_shapes(owner: Owner) -> Owner:
@@ -149,15 +157,6 @@ def _read_by_parent(model: nn.Module, path: str) -> str:
             found = f"{above or 'the root'} ({type(module).__name__}) can read its weights directly"
         module = getattr(module, part)  # a ScriptModule has no get_submodule
     return found
-
-
-def _not_traceable(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if "forward" in vars(module):
-        return f"the forward of this {kind} was replaced on the object"
-    if not any(type(module).forward is cls.forward for cls in TRACED):
-        return f"the forward of {kind} is not one that a trace captures exactly"
-    return ""
 
 
 def _reads(module: nn.Module, names: tuple[str, ...]) -> LateGraphModule:

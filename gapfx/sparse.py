@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from gapfx.capture import capture
+from gapfx.capture import capture, eval_reads
 from gapfx.capture.state import collector_paused
 from gapfx.compiler import Observer, Pipeline, Unit, Watcher, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
@@ -67,10 +67,11 @@ def compile_model(
 ) -> Compiled:
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place.
 
-    `watchers` see the unit before the first pass and after each one.
+    A second forward, in eval and without gradients, shows which weights other modules read there; a note says so when
+    it fails. `watchers` see the unit before the first pass and after each one.
     """
     with collector_paused():
-        return _compile(Unit(capture(model, run)), options, plan, observer, watchers)
+        return _compile(Unit(capture(model, run), eval_reads(model, run)), options, plan, observer, watchers)
 
 
 def _compile(
@@ -91,10 +92,16 @@ def _compile(
     dataclasses.replace(pipeline, watchers=tuple(watchers)).run(unit)
     made = unit.latest(AllocateSparsity)
     _check_masked(unit, made)
-    notes = (*unit.capture.notes, *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
+    notes = (*unit.capture.notes, *_eval_notes(unit), *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
     if plan is None:
         made = dataclasses.replace(made, criterion=options.criterion)
     return Compiled(cast(nn.Module, realise(unit)), made, notes)
+
+
+def _eval_notes(unit: Unit) -> tuple[str, ...]:
+    failure = unit.in_eval.failure
+    lost = "weights that other modules read in eval alone are not known"
+    return (f"the model: its forward in eval fails ({failure}), so {lost}",) if failure else ()
 
 
 def _pipeline(options: CompileOptions, unit: Unit, observer: Observer | None) -> Pipeline:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gapfx.capture import Capture
+from gapfx.capture import Capture, eval_reads
 from gapfx.owners import build_owners, holders
 from tests.models import (
     Attention,
@@ -50,7 +50,7 @@ def test_the_trace_of_an_owner_computes_its_forward() -> None:
 
 def test_attention_and_recurrent_layers_are_rewritten_in_their_reads() -> None:
     found = forms(captured(Attention(), torch.randn(2, 5, 8), torch.randn(2, 4, 6)))
-    reason = "the forward of MultiheadAttention is not one that a trace captures exactly"
+    reason = "the forward of MultiheadAttention runs modules of its own"
     assert found["attention"] == ("read", reason)
     assert found["cross.out_proj"][0] == "read"
     lstm = build_owners(captured(Tagger(), tokens()))["lstm"]
@@ -80,15 +80,17 @@ def test_a_weight_read_by_another_module_is_rewritten_in_its_reads() -> None:
     assert found == {"0.inner": ("read", "weight is read from outside, by 0")}
 
 
-def test_custom_and_replaced_forwards_are_rewritten_in_their_reads() -> None:
+def test_inexact_and_replaced_forwards_are_rewritten_in_their_reads() -> None:
     class Scaled(nn.Linear):
+        scale = 2.0
+
         def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) * 2
+            return super().forward(input) * (self.scale if self.training else 1)
 
     replaced = nn.Linear(4, 4)
     replaced.forward = lambda input: input @ replaced.weight  # pyright: ignore[reportAttributeAccessIssue]
     found = forms(captured(nn.Sequential(Scaled(4, 4), replaced), torch.randn(2, 4)))
-    assert found["0"] == ("read", "the forward of Scaled is not one that a trace captures exactly")
+    assert found["0"] == ("read", "the forward of Scaled depends on the training flag")
     assert found["1"] == ("read", "the forward of this Linear was replaced on the object")
 
 
@@ -123,3 +125,19 @@ def test_a_module_under_two_names_is_one_holder() -> None:
 
 def test_owners_of_a_tied_weight_keep_their_forward() -> None:
     assert forms(captured(TiedPair(), torch.randn(2, 6))) == {"first": ("forward", ""), "second": ("forward", "")}
+
+
+def test_a_weight_that_another_module_reads_in_eval_alone_is_rewritten_in_its_reads() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x) if self.training else nn.functional.linear(x, self.inner.weight)
+            return self.other(x)
+
+    model, x = nn.Sequential(Reader()), torch.randn(2, 4)
+    owners = build_owners(captured(model, x), eval_reads(model, lambda module: module(x)))
+    assert (owners["0.inner"].form, owners["0.inner"].reason) == ("read", "weight is read from outside in eval, by 0")
+    assert owners["0.other"].form == "forward"

@@ -32,7 +32,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
     refuse_model(model)
     recorder = Recorder(model)
     watch = Watch(model, recorder)
-    with restored(model), _eager(), watching(watch):
+    with restored(model), eager(), watching(watch):
         try:
             run(model)
         except GapfxError:
@@ -52,7 +52,7 @@ def capture(model: nn.Module, run: Callable[[nn.Module], object]) -> Capture:
 
 
 @contextmanager
-def _eager() -> Generator[None]:
+def eager() -> Generator[None]:
     """Functions under torch.compile run as plain Python, so that their ops are seen."""
     # Importing dynamo costs a second; where nothing has, nothing is compiled.
     with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
