@@ -34,7 +34,7 @@ def test_a_collector_that_is_off_stays_off_also_after_an_error() -> None:
 
 
 def test_what_was_made_meanwhile_counts_as_old() -> None:
-    gc.unfreeze()  # a library that other tests import may have frozen what was there
+    gc.unfreeze()  # a run of another test may have frozen what was there
     with collector_paused():
         made = [[index] for index in range(10)]
     old = {id(item) for item in gc.get_objects(generation=2)}
