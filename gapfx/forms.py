@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from gapfx.capture.state import restored
+from gapfx.capture.state import collector_paused, restored
 
 # What every module has and no forward depends on.
 BOOKKEEPING = frozenset(vars(nn.Module()))
@@ -61,7 +61,8 @@ def _traced(module: nn.Module) -> tuple[fx.Graph, str]:
             problems.extend([problem] * bool(problem))
 
     try:
-        with restored(module), _profiled(look):
+        # A collection would call functions of others, which look like parts of the forward.
+        with collector_paused(), restored(module), _profiled(look):
             graph = _Tracer().trace(module)
     except Exception as error:
         return fx.Graph(), f"cannot be traced: {type(error).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Callable
@@ -165,3 +166,22 @@ def test_a_trace_leaves_the_model_random_states_and_the_profiler_as_they_were() 
     assert counting.calls == 0
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_the_garbage_collector_calls_meanwhile_is_no_part_of_the_forward() -> None:
+    calls: list[str] = []
+
+    def called(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            calls.append(phase)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(called)
+    gc.set_threshold(1)
+    try:
+        traced = exact_trace(nn.Linear(2, 2), ("weight",))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(called)
+    assert calls  # by the building of the layer
+    assert isinstance(traced, fx.Graph)

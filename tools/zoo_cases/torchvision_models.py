@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,8 @@ def _build(name: str) -> nn.Module:
     if name in SHALLOW:
         path, keep = SHALLOW[name]
         owner, _, child = path.rpartition(".")
-        setattr(model.get_submodule(owner), child, model.get_submodule(path)[:keep])
+        blocks = OrderedDict(list(model.get_submodule(path).named_children())[:keep])
+        setattr(model.get_submodule(owner), child, nn.Sequential(blocks))
     return model
 
 
