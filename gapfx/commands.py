@@ -115,12 +115,14 @@ def show_plan(
     else:
         model, inputs = build_model(task, settings), _inputs(task, input_shapes)
         options, run = compile_options(settings, passes), lambda module: module(*inputs)
-        compiled = compile_model(model, run, options, plan=given, observer=request.observer, watchers=watchers)
+        compiled = compile_model(
+            model, run, options, plan=given, observer=request.observer, watchers=watchers, check=run
+        )
         made = compiled.plan
     if files.graph and emitter:
         files.graph.write_text(emitter.text())
     if files.figure and sketch:
-        files.figure.write_text(sketch.svg(made), encoding="utf-8")
+        files.figure.write_text(sketch.svg(made, quality.text(made).splitlines()), encoding="utf-8")
     if as_json:
         return made.to_json()
     parts = [

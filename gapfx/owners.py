@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx, nn
 
@@ -17,8 +17,7 @@ from gapfx.capture import Capture, EvalReads
 from gapfx.capture.late_code import LateGraphModule
 from gapfx.capture.leaves import is_script
 from gapfx.forms import BOOKKEEPING, exact_trace
-
-Form = Literal["forward", "read", "in-place"]
+from gapfx.plan import Form
 
 # Parents that read the weights of their children: in every forward, or in the fast path of evaluation, which they take
 # or not by the batch (its padding, its dtype, a nested tensor), so that one forward in eval does not say.

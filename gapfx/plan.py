@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 
 StateRule = Literal["reset", "carry"]
 LrRule = Literal["restart", "continue"]
+Form = Literal["forward", "read", "in-place"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class DenseWeight:
 
 
 @dataclass(frozen=True)
+class OwnerForm:
+    """A module that holds planned weights, its class, and how they are masked.
+
+    Form: in its own forward, at their reads, or in place; `reason` says why not in the forward.
+    """
+
+    fqn: str
+    kind: str
+    form: Form
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Phase:
     """Training steps `start <= step < stop` with one fixed set of masks.
 
@@ -92,7 +106,8 @@ class Plan:
     """Ordered groups, the target sparsity of each weight, what stays dense, and the phases of the run.
 
     `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune.
-    Groups that the first phase grows are not masked before it.
+    Groups that the first phase grows are not masked before it. `owners` tells how the weights were masked when the plan
+    was made; a plan that is used again does not ask for it.
     """
 
     groups: tuple[Group, ...]
@@ -104,6 +119,7 @@ class Plan:
     allocation: str = "uniform"
     criterion: str = "magnitude"
     start_masks: str = "random"
+    owners: tuple[OwnerForm, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def weights(self) -> Iterator[Weight]:

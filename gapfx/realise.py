@@ -13,6 +13,7 @@ from gapfx.capture.late_code import generated_forward
 from gapfx.in_place import mask_in_place
 from gapfx.masks import MASK_PREFIX, mask_home
 from gapfx.owners import Owner
+from gapfx.plan import OwnerForm
 
 # (class, form, code) -> subclass: equal layers share one, so torch.compile guards on few types.
 _SUBCLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -31,6 +32,20 @@ def realise_owners(model: nn.Module, owners: Iterable[Owner]) -> None:
         if owner.form == "in-place":
             in_place += [_fqn(owner, name.removeprefix(MASK_PREFIX)) for name in bits]
     mask_in_place(model, tuple(in_place))
+
+
+def is_masked(owner: Owner) -> bool:
+    """Whether its graph masks a weight."""
+    return any(name.startswith(MASK_PREFIX) for name, _ in owner.graph.named_buffers())
+
+
+def owner_forms(owners: Mapping[str, Owner]) -> tuple[OwnerForm, ...]:
+    """How each owner that has a masked weight is masked, in order."""
+    return tuple(
+        OwnerForm(fqn, base_of(owner.module).__name__, owner.form, owner.reason)
+        for fqn, owner in owners.items()
+        if is_masked(owner)
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from gapfx.capture import capture, eval_reads
 from gapfx.capture.state import collector_paused
-from gapfx.compiler import Observer, Pipeline, Unit, Watcher, parse_pipeline, realise
+from gapfx.compiler import Observer, Pipeline, Rewrite, Unit, Watcher, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
 from gapfx.errors import PlanError, UserError
 from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
@@ -24,6 +25,8 @@ from gapfx.passes.insert_masks import InsertMasks
 from gapfx.passes.partition import Partition, Strategy
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan
+from gapfx.realise import owner_forms
+from gapfx.verify import verify
 
 AUTO_GROUPS = 4
 StrategyName = Strategy
@@ -64,18 +67,26 @@ def compile_model(
     plan: Plan | None = None,
     observer: Observer | None = None,
     watchers: Sequence[Watcher] = (),
+    check: Callable[[nn.Module], object] | None = None,
 ) -> Compiled:
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place.
 
     A second forward, in eval and without gradients, shows which weights other modules read there; a note says so when
-    it fails. `watchers` see the unit before the first pass and after each one.
+    it fails. `watchers` see the unit before the first pass and after each one. `check` is a forward of another batch:
+    with it the masked model is verified, and an owner that does not match is demoted and named in a note.
     """
     with collector_paused():
-        return _compile(Unit(capture(model, run), eval_reads(model, run)), options, plan, observer, watchers)
+        unit = Unit(capture(model, run), eval_reads(model, run))
+        return _compile(unit, options, plan, observer, watchers, check)
 
 
 def _compile(
-    unit: Unit, options: CompileOptions, plan: Plan | None, observer: Observer | None, watchers: Sequence[Watcher]
+    unit: Unit,
+    options: CompileOptions,
+    plan: Plan | None,
+    observer: Observer | None,
+    watchers: Sequence[Watcher],
+    check: Callable[[nn.Module], object] | None,
 ) -> Compiled:
     model = unit.capture.model
     if plan is not None:
@@ -95,7 +106,11 @@ def _compile(
     notes = (*unit.capture.notes, *_eval_notes(unit), *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
     if plan is None:
         made = dataclasses.replace(made, criterion=options.criterion)
-    return Compiled(cast(nn.Module, realise(unit)), made, notes)
+    module = cast(nn.Module, realise(unit))
+    if check is not None:
+        rewrites = tuple(step for step in pipeline.passes if isinstance(step, Rewrite))
+        notes += verify(unit, Pipeline(rewrites), made, check)
+    return Compiled(module, dataclasses.replace(made, owners=owner_forms(unit.owners)), notes)
 
 
 def _eval_notes(unit: Unit) -> tuple[str, ...]:
@@ -209,6 +224,10 @@ def dense_state_dict(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return state
 
 
+def _call(args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module) -> object:
+    return model(*args, **kwargs)
+
+
 def sparsify(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -248,7 +267,8 @@ def sparsify(
         seed=seed,
     )
     score = CRITERIA[criterion]
-    compiled = compile_model(model, lambda m: m(*args, **(kwargs or {})), options, plan=plan)
+    run = partial(_call, args, kwargs or {})
+    compiled = compile_model(model, run, options, plan=plan, check=run)
     sparse = Sparse(compiled.module, compiled.plan, compiled.notes)
     generator = torch.Generator().manual_seed(seed)
     for weight in compiled.plan.weights():

@@ -12,7 +12,7 @@ from torch import fx
 
 from gapfx.capture.values import call_boxed
 from gapfx.pattern import parse_pattern
-from gapfx.plan import DenseWeight, Phase, Plan, Weight
+from gapfx.plan import DenseWeight, OwnerForm, Phase, Plan, Weight
 
 MAX_NAMES = 4
 
@@ -39,7 +39,8 @@ def format_plan(plan: Plan) -> str:
     rows = [_group_row(str(index), group.name, group.weights) for index, group in enumerate(plan.groups)]
     rows.append(_group_row("", "all", tuple(plan.weights())))
     groups = _table(["group", "name", "weights", "numel", "sparsity", "kept", "patterns"], rows, right={0, 2, 3, 4, 5})
-    return f"{title}\n\n{groups}\n{_dense_text(plan.dense)}"
+    parts = [f"{title}\n", groups, _dense_text(plan.dense), *[_owners_text(plan.owners)] * bool(plan.owners)]
+    return "\n".join(parts)
 
 
 def format_phases(plan: Plan) -> str:
@@ -153,6 +154,20 @@ def _dense_text(dense: Sequence[DenseWeight]) -> str:
         for reason, weights in reasons.items()
     ]
     return _table(["stays dense because", "weights", "numel", "which"], rows, right={1, 2})
+
+
+def _owners_text(owners: Sequence[OwnerForm]) -> str:
+    """One row for each form of each class, with the first of its reasons."""
+    kinds: dict[tuple[str, str], list[OwnerForm]] = {}
+    for owner in owners:
+        kinds.setdefault((owner.kind, owner.form), []).append(owner)
+    rows = [[form, str(len(alike)), kind, _reasons(alike)] for (kind, form), alike in kinds.items()]
+    return _table(["masked in form", "owners", "class", "because"], rows, right={1})
+
+
+def _reasons(owners: Sequence[OwnerForm]) -> str:
+    reasons = list(dict.fromkeys(owner.reason for owner in owners))
+    return reasons[0] + (f"; {len(reasons) - 1} more reasons" if len(reasons) > 1 else "")
 
 
 def _with_kept(plan: Plan) -> Iterator[tuple[tuple[int, Phase], float]]:

@@ -146,16 +146,24 @@ def build_model(task: Task, settings: Settings) -> nn.Module:
 
 
 def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, request: Request) -> Compiled:
-    """The task's model, masked, with its plan; captured on the first micro-batch of the training data."""
+    """The task's model, masked, with its plan; captured on the first micro-batch and verified on the second."""
     assert task.loss is not None
     loss, model = task.loss, build_model(task, settings)
     seed_everything(settings.seed, _DATA_STREAM)
-    batch = next(blaming_data(whole_loader(feed.data, feed.micro_batch, feed.collate)), None)
+    loader = blaming_data(whole_loader(feed.data, feed.micro_batch, feed.collate))
+    batch = next(loader, None)
     if batch is None:
         raise TaskError('data("train") is empty', where=str(task.path), fix="return at least one batch of samples")
     options = compile_options(settings, request.passes)
+    second = next(loader, batch)
     return compile_model(
-        model, lambda m: loss(m, batch), options, plan=plan, observer=request.observer, watchers=request.watchers
+        model,
+        lambda m: loss(m, batch),
+        options,
+        plan=plan,
+        observer=request.observer,
+        watchers=request.watchers,
+        check=lambda m: loss(m, second),
     )
 
 

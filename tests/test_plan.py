@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapfx.errors import PlanError
-from gapfx.plan import DenseWeight, Group, Phase, Plan, Weight
+from gapfx.plan import DenseWeight, Group, OwnerForm, Phase, Plan, Weight
 
 Edit = Callable[[dict[str, Any]], object]
 SIZES = st.lists(st.integers(1, 2**40), max_size=5).map(tuple)
@@ -37,7 +37,9 @@ def plans() -> st.SearchStrategy[Plan]:
     group = st.builds(Group, st.text(), st.lists(weights(), max_size=3).map(tuple))
     dense = st.builds(DenseWeight, st.text(), SIZES, st.text())
     items = [st.lists(kind, max_size=3).map(tuple) for kind in (group, dense, phase)]
-    return st.builds(Plan, *items, st.text(), FLOATS, *[st.text()] * 4)
+    forms = st.sampled_from(["forward", "read", "in-place"])
+    owners = st.lists(st.builds(OwnerForm, st.text(), st.text(), forms, st.text()), max_size=3).map(tuple)
+    return st.builds(Plan, *items, st.text(), FLOATS, *[st.text()] * 4, owners)
 
 
 def a_plan() -> Plan:
