@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import signal
 import sys
 import threading
@@ -151,14 +152,15 @@ def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, 
     loss, model = task.loss, build_model(task, settings)
     seed_everything(settings.seed, _DATA_STREAM)
     loader = blaming_data(whole_loader(feed.data, feed.micro_batch, feed.collate))
-    batch = next(loader, None)
-    if batch is None:
+    batches = list(itertools.islice(loader, 3))
+    if not batches:
         raise TaskError('data("train") is empty', where=str(task.path), fix="return at least one batch of samples")
     options = compile_options(settings, request.passes)
-    second = next(loader, batch)
+    # The last batch may be too small for a forward in train mode, so the second one counts if it is not the last.
+    first, second = batches[0], batches[len(batches) > 2]
     return compile_model(
         model,
-        lambda m: loss(m, batch),
+        lambda m: loss(m, first),
         options,
         plan=plan,
         observer=request.observer,

@@ -22,7 +22,7 @@ from gapfx.capture.record import eager
 from gapfx.capture.state import restored
 from gapfx.compiler import Pipeline, Unit, realise
 from gapfx.errors import GapfxError, UserError
-from gapfx.masks import bits_of, mask_home, pack, stored_parameter, write_bits
+from gapfx.masks import bits_of, pack, stored_parameter, write_bits
 from gapfx.owners import Owner, in_reads
 from gapfx.plan import Form, Plan, Weight
 from gapfx.realise import base_of, is_masked, set_aside
@@ -54,14 +54,14 @@ def verify(unit: Unit, rewrites: Pipeline, plan: Plan, run: Run) -> tuple[str, .
     model = unit.capture.model
     notes: list[str] = []
     with _random_masks(model, plan) as masks:
-        wanted = _plain_results(unit, plan, masks, run)
+        wanted = _plain_results(unit, masks, run)
         while True:
-            with _weights(model, plan, masks, ELSEWHERE):
-                found = _results(model, run)
+            _fill_masked(model, masks, ELSEWHERE)
+            found = _results(model, run)
             place = _first_difference(wanted, found)
             if place is None:
                 return tuple(notes)
-            if _first_difference(wanted, _plain_results(unit, plan, masks, run)) is not None:
+            if _first_difference(wanted, _plain_results(unit, masks, run)) is not None:
                 return (*notes, "the model: the same seed gives other numbers, so its masks are not verified")
             notes += _demote(unit, rewrites, place)
 
@@ -110,25 +110,22 @@ def _random_masks(model: nn.Module, plan: Plan) -> Generator[Mapping[str, Tensor
 def _write(model: nn.Module, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     for weight in plan.weights():
         for fqn in _names(weight):
-            home, name = mask_home(model, fqn)
-            write_bits(model, fqn, pack(masks[weight.fqn]).to(vars(home)["_buffers"][name].device))
+            write_bits(model, fqn, pack(masks[weight.fqn]).to(bits_of(model, fqn).device))
 
 
 def _names(weight: Weight) -> tuple[str, ...]:
     return (weight.fqn, *weight.aliases)
 
 
-@contextmanager
-def _weights(model: nn.Module, plan: Plan, masks: Mapping[str, Tensor], masked_value: float) -> Generator[None]:
-    """Meanwhile the masked places hold this value."""
+def _fill_masked(model: nn.Module, masks: Mapping[str, Tensor], value: float) -> None:
     with torch.no_grad():
-        for weight in plan.weights():
-            stored_parameter(model, weight.fqn).masked_fill_(~masks[weight.fqn], masked_value)
-    yield
+        for fqn, mask in masks.items():
+            stored_parameter(model, fqn).masked_fill_(~mask, value)
 
 
-def _plain_results(unit: Unit, plan: Plan, masks: Mapping[str, Tensor], run: Run) -> list[_Result]:
-    with _weights(unit.capture.model, plan, masks, 0), set_aside(unit.owners.values()):
+def _plain_results(unit: Unit, masks: Mapping[str, Tensor], run: Run) -> list[_Result]:
+    _fill_masked(unit.capture.model, masks, 0)
+    with set_aside(unit.owners.values()):
         return _results(unit.capture.model, run)
 
 

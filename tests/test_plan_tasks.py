@@ -46,3 +46,14 @@ def test_the_weights_of_a_script_module_are_told_apart(capsys: Capsys) -> None:
     assert "note: 1: a ScriptModule uses 1.0.weight as an operand of addmm, seen by the ops below it" in lines
     assert "the scale or bias of native_layer_norm 2 32 1.2.weight, 1.2.bias" in lines
     assert any(line.startswith("all 3 144 ") for line in lines)
+
+
+def test_a_last_batch_that_is_too_small_to_train_on_is_not_asked_for(tmp_path: Path) -> None:
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model(): return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))\n"
+        "def data(split): return [(torch.randn(4), i % 2) for i in range(9)]\n"
+        "def loss(model, batch): return nn.functional.cross_entropy(model(batch[0]), batch[1])\n"
+    )
+    assert main(["plan", str(task), "--batch-size", "8", "--groups", "1"]) == 0
