@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gapfx.errors import GapfxError as GapfxError
     from gapfx.errors import UserError as UserError
+    from gapfx.loading import load as load
     from gapfx.plan import Plan as Plan
     from gapfx.sparse import Sparse as Sparse
     from gapfx.sparse import sparsify as sparsify
@@ -24,10 +25,11 @@ _PUBLIC = {
     "Plan": "gapfx.plan",
     "Sparse": "gapfx.sparse",
     "UserError": "gapfx.errors",
+    "load": "gapfx.loading",
     "sparsify": "gapfx.sparse",
 }
 
-__all__ = ["GapfxError", "Plan", "Sparse", "UserError", "__version__", "sparsify"]
+__all__ = ["GapfxError", "Plan", "Sparse", "UserError", "__version__", "load", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

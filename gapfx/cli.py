@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,10 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from gapfx.errors import GapfxError, Interrupted, UserError
+from gapfx.kernels import setting
 
 INTERRUPTED_CODE = Interrupted.exit_code
+# A mistake is told by rank 0 first, by others after a while, and before ranks that only lost a peer end the run.
+_AFTER_RANK_0_SECONDS, _AFTER_ALL_SECONDS = 2, 5
 # What gloo and NCCL say when a process at the other end is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 _USER_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 app = typer.Typer(
@@ -34,19 +39,32 @@ Groups = Annotated[str | None, typer.Option(help="Number of groups that grow in 
 PartitionOption = Annotated[str | None, typer.Option(help="blocks, params, stages, random or by-hand.")]
 GroupGlobs = Annotated[list[str] | None, typer.Option(help="Weights of one group by hand, globs joined by |.")]
 PatternOption = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:4x1).")]
-AllocationOption = Annotated[str | None, typer.Option(help="Sparsity of each weight: uniform, erk or global.")]
+AllocationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Sparsity of each weight: uniform, erk by its shape, or global: at each prune one threshold over all "
+        "unstructured weights of a group."
+    ),
+]
 Dense = Annotated[list[str] | None, typer.Option(help="Weights that stay dense: globs, or first, or last.")]
 PruneEmbeddings = Annotated[bool | None, typer.Option(help="Prune embeddings too.")]
-Method = Annotated[str | None, typer.Option(help="gap, static, dense or oneshot.")]
+Method = Annotated[str | None, typer.Option(help="gap, pgap, acdc, gmp, oneshot, static or dense.")]
+Replicas = Annotated[int | None, typer.Option(help="Models that pgap trains side by side; one a group by default.")]
 Rounds = Annotated[int | None, typer.Option(help="Turns over all groups.")]
 PhaseEpochs = Annotated[float | None, typer.Option(help="Epochs for which a group is dense.")]
 FinetuneEpochs = Annotated[float | None, typer.Option(help="Epochs with all masks fixed at the end.")]
 StepsPerEpoch = Annotated[int | None, typer.Option(help="For data without a length.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples of an optimizer step over all ranks.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
+Kernels = Annotated[
+    str | None, typer.Option(help="How sparse products run: expand (made dense), sparse (skips zeros), or auto.")
+]
+Calibrate = Annotated[
+    bool | None, typer.Option("--calibrate/--no-calibrate", help="Measure kernels here, or take stored break-evens.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Use this plan.json, edited by hand for example.")]
-Passes = Annotated[str, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
+Passes = Annotated[str | None, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
 ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each pass changed in the graphs.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
@@ -65,6 +83,7 @@ def sparsify(
     criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude or random.")] = None,
     dense: Dense = None,
     prune_embeddings: PruneEmbeddings = None,
+    replicas: Replicas = None,
     rounds: Rounds = None,
     phase_epochs: PhaseEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
@@ -73,9 +92,17 @@ def sparsify(
     micro_batch: MicroBatch = None,
     clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
     state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
+    regrow_warmup: Annotated[
+        int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 1 or 2.")] = None,
-    form: Annotated[str | None, typer.Option(help="How a sparse weight is held: masked.")] = None,
+    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; 3 shards the weights too.")] = None,
+    deepspeed: Annotated[str | None, typer.Option(help="DeepSpeed JSON file; what gapfx decides may be auto.")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="How a sparse weight is held: compact (live values alone), or masked.")
+    ] = None,
+    kernels: Kernels = None,
+    calibrate: Calibrate = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
     seed: Seed = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
@@ -83,7 +110,7 @@ def sparsify(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Checkpoints that are kept.")] = None,
     plan: PlanOption = None,
-    passes: Passes = "",
+    passes: Passes = None,
     show_passes: ShowPasses = False,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
@@ -91,13 +118,13 @@ def sparsify(
     debug: Debug = False,
 ) -> None:
     """Train TASK sparse from scratch and write the run directory."""
-    flags = _given(locals(), "task", "out", "plan", "passes", "show_passes", "entry", "resume", "force", "debug")
+    flags = _given(locals(), "task", "out", "plan", "show_passes", "entry", "resume", "force", "debug")
     from gapfx.commands import Source, train_task
 
     source = Source(task, entry, flags)
     if resume and force:
         raise UserError("--resume and --force exclude each other", fix="continue the run or replace it")
-    raise typer.Exit(train_task(source, out, plan, passes, show_passes=show_passes, resume=resume, force=force))
+    raise typer.Exit(train_task(source, out, plan, show_passes=show_passes, resume=resume, force=force))
 
 
 @app.command("plan")
@@ -112,15 +139,18 @@ def plan_command(
     allocation: AllocationOption = None,
     dense: Dense = None,
     prune_embeddings: PruneEmbeddings = None,
+    replicas: Replicas = None,
     rounds: Rounds = None,
     phase_epochs: PhaseEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
     steps_per_epoch: StepsPerEpoch = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
+    kernels: Kernels = None,
+    calibrate: Calibrate = None,
     seed: Seed = None,
     plan: PlanOption = None,
-    passes: Passes = "",
+    passes: Passes = None,
     show_passes: ShowPasses = False,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
     input_shapes: Annotated[
@@ -136,20 +166,49 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """Show groups, sparsity and phases without training."""
-    outside = ("task", "plan", "passes", "show_passes", "entry", "input_shapes", "as_json", "debug")
+    outside = ("task", "plan", "show_passes", "entry", "input_shapes", "as_json", "debug")
     flags = _given(locals(), *outside, "emit_graph", "figure", "outside")
     from gapfx.commands import PlanFiles, Source, show_plan
 
-    text = show_plan(
-        Source(task, entry, flags),
-        input_shapes,
-        plan,
-        passes,
-        files=PlanFiles(emit_graph, figure),
-        show_passes=show_passes,
-        as_json=as_json,
-    )
+    with _alone_on_stdout(as_json):
+        text = show_plan(
+            Source(task, entry, flags),
+            input_shapes,
+            plan,
+            files=PlanFiles(emit_graph, figure),
+            show_passes=show_passes,
+            as_json=as_json,
+        )
     typer.echo(text)
+
+
+@app.command()
+def bench(
+    task: Annotated[str, typer.Argument(help="Task file, or the directory of a finished run.")],
+    sparsity: Sparsity = None,
+    groups: Groups = None,
+    pattern: PatternOption = None,
+    dense: Dense = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    kernels: Kernels = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2; torch's own by default.")] = "",
+    seconds: Annotated[float, typer.Option(help="Time for measuring, about.", min=1)] = 60,
+    with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
+    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Time layers and model of TASK or of a run, dense and sparse, and say what sparsity is worth on this device."""
+    flags = _given(locals(), "task", "threads", "seconds", "with_compile", "entry", "as_json", "debug")
+    from gapfx.commands import Source, show_bench
+
+    with _alone_on_stdout(as_json):
+        source = Source(task, entry, flags)
+        text, is_stopped = show_bench(source, threads, seconds, with_compile=with_compile, as_json=as_json)
+    typer.echo(text)
+    raise typer.Exit(INTERRUPTED_CODE if is_stopped else 0)
 
 
 @app.command("passes")
@@ -177,6 +236,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     typer.echo(json.dumps(findings, indent=1) if as_json else format_findings(findings))
 
 
+def _alone_on_stdout(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """What a task or a pass prints meanwhile goes to stderr, so that stdout holds JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
 def _given(values: dict[str, Any], *outside: str) -> dict[str, Any]:
     """The flags that name settings."""
     return {name: value for name, value in values.items() if name not in outside}
@@ -185,7 +249,11 @@ def _given(values: dict[str, Any], *outside: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
+    _sleep_while_waiting()
+    if "LOCAL_RANK" in os.environ:  # the deepspeed launcher says it twice
+        arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     try:
+        _check_environment()
         code = typer.main.get_command(app).main(args=arguments, prog_name="gapfx", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; a run continues with --resume", INTERRUPTED_CODE)
@@ -196,12 +264,27 @@ def main(argv: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _check_environment() -> None:
+    if setting.problem():
+        raise UserError(setting.problem(), where="the environment", fix="unset it, or give it one of these")
+
+
+def _sleep_while_waiting() -> None:
+    """Threads of one product wait for each other asleep, as far as the user does not say how they shall wait.
+
+    OpenMP's own way is to spin. On a machine with other work a thread spins for as long as another one is not given a
+    core, many times in each step: a run on two busy cores took fifty times as long. Read when torch loads.
+    """
+    if not _WAITING & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def _handle(error: Exception) -> int:
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     if isinstance(error, UserError):
         if not is_rank_0:
             # Rank 0 says the same; this rank speaks only if the mistake is its own.
-            time.sleep(2)
+            time.sleep(_AFTER_RANK_0_SECONDS)
         return _fail(f"error: {error}", error.exit_code)
     if isinstance(error, Interrupted) and not is_rank_0:
         return error.exit_code
@@ -213,7 +296,9 @@ def _handle(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
         return _fail(f"error: {error}\n  to do: check the disk and its permissions; --resume continues a run", 2)
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER):
-        return _fail(f"another rank ended or stopped answering; --resume continues the run\n  {error}", 1)
+        code = _fail(f"another rank ended or stopped answering; --resume continues the run\n  {error}", 1)
+        time.sleep(_AFTER_ALL_SECONDS)  # the launcher stops the others when one ends, also the one that has a reason
+        return code
     if "--debug" not in sys.argv:
         traceback.print_exception(error)
     return _fail("gapfx failed; this is a defect of gapfx", 1)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gapfx.errors import PlanError, UserError
 from gapfx.settings import Settings, merge
 from gapfx.task import Task, load_task, split_entry
+
+if TYPE_CHECKING:
+    from gapfx.plan import Plan
+    from gapfx.sparse import Compiled
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,26 @@ class Source:
             name = entry_name if ":" in self.entry else self.entry
             path = entry_path if ":" in self.entry else path
         task = load_task(path, name)
-        return task, merge((f"defaults of {path}", task.defaults), ("the command line", self.flags))
+        given = _with_deepspeed(task.defaults, path.parent)
+        return task, merge((f"defaults of {path}", given), ("the command line", _with_deepspeed(self.flags, Path())))
 
     def default_out(self, method: str) -> Path:
         """`runs/TASK-METHOD`."""
         return Path("runs") / f"{split_entry(self.task)[0].stem}-{method}"
 
 
+def _with_deepspeed(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The text of a DeepSpeed file in place of its path, so that a run keeps what it was started with."""
+    name = values.get("deepspeed")
+    if not isinstance(name, str) or not name:
+        return values
+    from gapfx.runtime.deepspeed_config import read_deepspeed_file
+
+    return {**values, "deepspeed": read_deepspeed_file(folder / name)}
+
+
 def train_task(
-    source: Source, out: Path | None, plan: Path | None, passes: str, *, show_passes: bool, resume: bool, force: bool
+    source: Source, out: Path | None, plan: Path | None, *, show_passes: bool, resume: bool, force: bool
 ) -> int:
     """Train, as a rank when a launcher made this process one, else with as many ranks as the settings say."""
     from gapfx.runtime.launch import is_rank, run_local_ranks, single_process_environment
@@ -51,12 +67,12 @@ def train_task(
         single_process_environment()
     from gapfx.training import Request, run_training
 
+    out = out or source.default_out(settings.method)
     request = Request(
-        out=out or source.default_out(settings.method),
-        resume=resume,
+        out=out,
+        resume=resume or _is_restarted(out),
         force=force,
         plan=plan,
-        passes=passes,
         observer=_print_pass if show_passes else None,
     )
     summary = run_training(task, settings, request)
@@ -65,6 +81,11 @@ def train_task(
 
         print(format_summary(request.out))
     return 0
+
+
+def _is_restarted(out: Path) -> bool:
+    """Whether torchrun has started this rank again, after one was lost, and there is something to continue."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / "config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,6 @@ def show_plan(
     source: Source,
     input_shapes: str,
     plan: Path | None,
-    passes: str,
     *,
     files: PlanFiles,
     show_passes: bool,
@@ -100,24 +120,27 @@ def show_plan(
     from gapfx.plan import Plan
     from gapfx.quality import QualityWatch
     from gapfx.sparse import compile_model
-    from gapfx.text import format_phases, format_plan
+    from gapfx.text import format_kernels, format_phases, format_plan
     from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
 
     given = Plan.load(plan) if plan else None
     emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
     quality = QualityWatch()
     watchers = (quality, *(watcher for watcher in (emitter, sketch) if watcher))
-    request = Request(Path(), passes=passes, observer=_print_pass if show_passes else None, watchers=watchers)
+    observer = _print_pass if show_passes else None
+    request = Request(Path(), explain=not as_json, observer=observer, watchers=watchers)
     if task.data and task.loss and not input_shapes:
         feed = make_feed(task, settings, rank=0, world_size=1)
         compiled = compile_task(task, settings, feed, given, request)
         made = with_phases(compiled.plan, settings, feed)
     else:
         model, inputs = build_model(task, settings), _inputs(task, input_shapes)
-        options, run = compile_options(settings, passes), lambda module: module(*inputs)
-        compiled = compile_model(
-            model, run, options, plan=given, observer=request.observer, watchers=watchers, check=run
-        )
+        options = dataclasses.replace(compile_options(settings), explain=not as_json)
+
+        def run(module: Any) -> object:
+            return module(*inputs)
+
+        compiled = compile_model(model, run, options, plan=given, observer=observer, watchers=watchers, check=run)
         made = compiled.plan
     if files.graph and emitter:
         files.graph.write_text(emitter.text())
@@ -128,10 +151,31 @@ def show_plan(
     parts = [
         format_plan(made),
         quality.text(made),
+        format_kernels(made),
+        _expected(compiled, made, settings),
         format_phases(made) if made.phases else "",
         *(f"note: {note}" for note in compiled.notes),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _expected(compiled: Compiled, made: Plan, settings: Settings) -> str:
+    """What the chosen kernels should give in a step, and what blocks would."""
+    from gapfx.expectation import describe, expect, why_nothing, with_blocks
+
+    choices = compiled.choices
+    is_measured = all(choice.is_measured for choice in choices.by_weight.values() if choice.kernel == "sparse")
+    is_measured = is_measured and settings.calibrate
+    # Stored figures are ratios: their seconds and those of the whole model have nothing to do with each other.
+    seconds = compiled.dense_seconds if is_measured else 0.0
+    expected = expect(made, choices.by_weight, seconds)
+    if expected is None:
+        return ""
+    if not any(choice.is_measured or choice.kernel == "sparse" for choice in choices.by_weight.values()):
+        return why_nothing(choices.by_weight) + "\n"
+    blocks = with_blocks(made, choices, calibrate=settings.calibrate)
+    with_them = expect(made, blocks, seconds) if blocks else None
+    return describe(expected, with_them, is_measured=is_measured, is_whole=seconds > 0)
 
 
 def _check_replaceable(path: Path | None, marker: str, what: str, flag: str) -> None:
@@ -163,6 +207,44 @@ def _inputs(task: Task, text: str) -> tuple[Any, ...]:
         )
     example = task.example()
     return example if isinstance(example, tuple) else (example,)
+
+
+def show_bench(source: Source, threads: str, seconds: float, *, with_compile: bool, as_json: bool) -> tuple[str, bool]:
+    """Timings of a task, or of the run directory that `source.task` names, and the verdict, as text or JSON.
+
+    Also whether Ctrl-C stopped it.
+    """
+    from gapfx.bench.command import STOPPED, bench_run, bench_task
+    from gapfx.bench.verdict import format_findings
+
+    numbers = _threads(threads)
+    if Path(source.task).is_dir():
+        _refuse_settings({**source.flags, "entry": source.entry or None})
+        findings = bench_run(Path(source.task), numbers, seconds, with_compile=with_compile)
+    else:
+        task, settings = source.load()
+        findings = bench_task(task, settings, numbers, seconds, with_compile=with_compile)
+    return findings.to_json() if as_json else format_findings(findings), STOPPED in findings.notes
+
+
+def _threads(text: str) -> list[int]:
+    """Numbers of threads; torch's own without a text."""
+    import torch
+
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*|", text):
+        raise UserError(f"cannot read the threads {text!r}", fix="write numbers split by commas: --threads 1,2")
+    numbers = [int(number) for number in text.split(",")] if text else [torch.get_num_threads()]
+    most = max(os.cpu_count() or 1, torch.get_num_threads())
+    if max(numbers) > most:
+        raise UserError(f"{max(numbers)} threads are more than this machine has", fix=f"take at most {most}")
+    return numbers
+
+
+def _refuse_settings(flags: Mapping[str, Any]) -> None:
+    given = [name for name, value in flags.items() if value is not None]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise UserError(f"--{flag} is for tasks: a run has its own settings", fix=f"leave --{flag} out")
 
 
 def describe_passes() -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from gapfx.kernels import native
 
 _PACKAGES = ("gapfx", "torch", "deepspeed", "networkx", "einops", "safetensors", "typer", "rich")
 
@@ -23,6 +26,7 @@ def examine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name(0) if has_cuda else "cpu",
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
+        "kernels": native.level() or f"torch's, the native ones are {native.missing_reason()}",
         "memory_bytes": psutil.virtual_memory().total,
         "distributed_backends": [
             name
@@ -40,11 +44,22 @@ def format_findings(findings: dict[str, Any]) -> str:
         **{name: version or "missing" for name, version in findings["packages"].items()},
         "device": findings["device"],
         "processors": f"{findings['num_cpus']}, torch uses {findings['num_threads']}",
+        "kernels": findings["kernels"],
         "memory": f"{findings['memory_bytes'] / 2**30:.1f} GiB",
         "backends": ", ".join(findings["distributed_backends"]),
     }
     width = max(map(len, rows))
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *findings["notes"]])
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,41 @@ def unpack(bits: Tensor, shape: Iterable[int]) -> Tensor:
     return bools[: math.prod(size)].view(size)
 
 
+def fill_masked(weight: Tensor, mask: Tensor) -> None:
+    """Write exact zeros into a weight where a bool mask of its shape drops; a DTensor takes its shard of the mask.
+
+    The mask must be equal on all ranks; for a DTensor each of them calls.
+    """
+    dropped = ~mask.to(weight.device)
+    if hasattr(weight, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = weight
+        dropped = distribute_tensor(dropped, sharded.device_mesh, sharded.placements)
+    with torch.no_grad():
+        weight.masked_fill_(dropped, 0)
+
+
 def count_kept(bits: Tensor) -> int:
     """Number of 1 bits."""
     return int(unpack(bits, (bits.numel() * 8,)).sum())
+
+
+class Masks(Mapping[str, Tensor]):
+    """FQN -> bool mask of the weight's shape, True = kept, unpacked from the module's bits at each look-up."""
+
+    def __init__(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._module, self._shapes = module, dict(shapes)
+
+    def __getitem__(self, fqn: str) -> Tensor:
+        shape = self._shapes[fqn]
+        return unpack(bits_of(self._module, fqn), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def digest(masks: Mapping[str, Tensor]) -> str:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from gapfx.errors import UserError
+from gapfx.kernels import histogram
 from gapfx.registry import Registry
+from gapfx.threshold import Keys, num_nan
+
+# Scores from which counting their keys is faster than a selection.
+_KEYS_FROM = 1 << 14
 
 
 class Pattern(Protocol):
@@ -39,6 +45,28 @@ class Pattern(Protocol):
         ...
 
 
+Top = Callable[[Tensor, int], Tensor]
+
+
+@runtime_checkable
+class SlicedPattern(Protocol):
+    """What a pattern may do beside: mask a weight that ranks hold in slices of its flat order.
+
+    Without it each rank gets the scores of the whole weight for a moment.
+    """
+
+    def granule(self, shape: tuple[int, ...]) -> int:
+        """Slices begin and end at multiples of this many weights."""
+        ...
+
+    def mask_slice(self, score: Tensor, shape: tuple[int, ...], sparsity: float, top: Top) -> Tensor:
+        """Flat bool mask of the slice with this flat score, of a weight of `shape`.
+
+        `top(score, num_kept)` gives the mask of the highest scores of all slices together.
+        """
+        ...
+
+
 class PatternParser(Protocol):
     """Makes a pattern from the text after the pattern's name."""
 
@@ -47,7 +75,7 @@ class PatternParser(Protocol):
         ...
 
 
-PATTERNS: Registry[PatternParser] = Registry("pattern")
+PATTERNS: Registry[PatternParser] = Registry("pattern", unnamed="N:M such as 2:4")
 
 
 def kept_count(numel: int, sparsity: float) -> int:
@@ -63,6 +91,10 @@ def top_mask(score: Tensor, num_kept: int) -> Tensor:
     flat = _ordered(score).flatten()
     if num_kept >= flat.numel():
         return torch.ones_like(score, dtype=torch.bool)
+    if flat.numel() >= _KEYS_FROM and histogram.can_take(flat):
+        keys = Keys.of(flat)
+        found = keys.threshold(num_kept)
+        return keys.mark(found.key, num_kept - found.num_above).view(score.shape)
     # The k-th largest is the (n - k + 1)-th smallest.
     threshold = flat.kthvalue(flat.numel() - num_kept + 1).values
     mask, tied = flat > threshold, (flat == threshold).nonzero().flatten()
@@ -72,10 +104,10 @@ def top_mask(score: Tensor, num_kept: int) -> Tensor:
 
 def _ordered(score: Tensor) -> Tensor:
     """The score, detached; NaN has no place in an order, and torch would silently keep too few or the wrong ones."""
-    num_nan = int(score.isnan().sum())
-    if num_nan:
+    found = num_nan(score)
+    if found:
         raise UserError(
-            f"{num_nan} of {score.numel()} scores are NaN", fix="look for NaN in the weights: the training may diverge"
+            f"{found} of {score.numel()} scores are NaN", fix="look for NaN in the weights: the training may diverge"
         )
     return score.detach()
 
@@ -99,7 +131,15 @@ class Unstructured:
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         """The highest scores of the whole tensor."""
-        return top_mask(score, self.num_kept(tuple(score.shape), sparsity))
+        return self.mask_slice(score, tuple(score.shape), sparsity, top_mask)
+
+    def granule(self, shape: tuple[int, ...]) -> int:
+        """Any weight may be the last of a slice."""
+        return 1
+
+    def mask_slice(self, score: Tensor, shape: tuple[int, ...], sparsity: float, top: Top) -> Tensor:
+        """The highest scores of all slices."""
+        return top(_ordered(score), self.num_kept(shape, sparsity))
 
 
 @dataclass(frozen=True)
@@ -130,9 +170,17 @@ class NOfM:
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         """The n highest scores of each run; among equal scores the lower index wins."""
-        run_ORM = rearrange(_ordered(score).flatten(1), "o (r m) -> o r m", m=self.m)
-        rank_ORM = run_ORM.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-        return rearrange(rank_ORM < self.n, "o r m -> o (r m)").reshape(score.shape)
+        return self.mask_slice(score.flatten(), tuple(score.shape), sparsity, top_mask).view(score.shape)
+
+    def granule(self, shape: tuple[int, ...]) -> int:
+        """Whole runs, which follow one another in flat order."""
+        return self.m
+
+    def mask_slice(self, score: Tensor, shape: tuple[int, ...], sparsity: float, top: Top) -> Tensor:
+        """Runs need no other slice."""
+        run_RM = rearrange(_ordered(score), "(r m) -> r m", m=self.m)
+        rank_RM = run_RM.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+        return rearrange(rank_RM < self.n, "r m -> (r m)")
 
 
 @dataclass(frozen=True)
@@ -163,10 +211,19 @@ class Block:
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         """The blocks with the highest sums."""
-        size = {"r": self.rows, "c": self.columns}
-        block_OI = reduce(_ordered(score).flatten(1), "(o r) (i c) -> o i", "sum", **size)
-        kept_OI = top_mask(block_OI, kept_count(block_OI.numel(), sparsity))
-        return repeat(kept_OI, "o i -> (o r) (i c)", **size).reshape(score.shape)
+        return self.mask_slice(score.flatten(), tuple(score.shape), sparsity, top_mask).view(score.shape)
+
+    def granule(self, shape: tuple[int, ...]) -> int:
+        """Whole rows of blocks."""
+        return self.rows * math.prod(shape[1:])
+
+    def mask_slice(self, score: Tensor, shape: tuple[int, ...], sparsity: float, top: Top) -> Tensor:
+        """The blocks with the highest sums of all slices."""
+        size, inputs = {"r": self.rows, "c": self.columns}, math.prod(shape[1:])
+        block_OI = reduce(_ordered(score).view(-1, inputs), "(o r) (i c) -> o i", "sum", **size)
+        num_blocks = math.prod(shape) // (self.rows * self.columns)
+        kept_OI = top(block_OI, kept_count(num_blocks, sparsity))
+        return repeat(kept_OI, "o i -> (o r) (i c)", **size).flatten()
 
 
 @PATTERNS.register("unstructured")

@@ -21,13 +21,17 @@ SCHEMA_VERSION = 1
 StateRule = Literal["reset", "carry"]
 LrRule = Literal["restart", "continue"]
 Form = Literal["forward", "read", "in-place"]
+Kernel = Literal["expand", "sparse"]
 
 
 @dataclass(frozen=True)
 class Weight:
     """One prunable parameter: its target `sparsity` (share of zeros) and the pattern of its mask.
 
-    `aliases` are the other FQNs of the same parameter (tied weights).
+    `aliases` are the other FQNs of the same parameter (tied weights). `kernel` says how its products run while it is
+    frozen and held by its live values: made dense first, or skipping zeros. `gain` is the speed-up of forward and
+    backward over a dense weight that was expected of it, at `positions` rows of the product or positions of the output
+    over the batch; 0 where nothing was expected.
     """
 
     fqn: str
@@ -35,6 +39,9 @@ class Weight:
     sparsity: float
     pattern: str = "unstructured"
     aliases: tuple[str, ...] = ()
+    kernel: Kernel = "expand"
+    gain: float = 1.0
+    positions: int = 0
 
     @property
     def numel(self) -> int:
@@ -83,7 +90,9 @@ class Phase:
 
     Before the first step the groups in `grow` become dense; after the last one the groups in `prune` go back to
     their target sparsity. Groups are indices into `Plan.groups`. `state` and `lr` say what the optimizer state and
-    the learning rate do when the phase begins.
+    the learning rate do when the phase begins. With more than one of `replicas`, each of them trains a model of its own
+    from the same start: replica r grows and prunes every `replicas`-th group from the r-th on, and they are merged.
+    A prune goes to `depth` times the target sparsity, in (0, 1].
     """
 
     name: str
@@ -94,6 +103,12 @@ class Phase:
     round: int = 0
     state: StateRule = "reset"
     lr: LrRule = "restart"
+    replicas: int = 1
+    depth: float = 1.0
+
+    def grown_by(self, replica: int) -> tuple[int, ...]:
+        """Groups that become dense in one replica."""
+        return self.grow[replica :: self.replicas]
 
     @property
     def num_steps(self) -> int:
@@ -106,7 +121,9 @@ class Plan:
     """Ordered groups, the target sparsity of each weight, what stays dense, and the phases of the run.
 
     `start_masks` and `criterion` name the criteria that make the masks before the first phase and at each prune.
-    Groups that the first phase grows are not masked before it. `owners` tells how the weights were masked when the plan
+    Groups that the first phase grows are not masked before it. With the allocation "global" a prune keeps the highest
+    scores of a whole group, and the sparsity of each weight is where it starts; weights with a pattern, and those named
+    in `own_sparsity`, keep their own. `owners` tells how the weights were masked when the plan
     was made; a plan that is used again does not ask for it.
     """
 
@@ -120,12 +137,44 @@ class Plan:
     criterion: str = "magnitude"
     start_masks: str = "random"
     owners: tuple[OwnerForm, ...] = ()
+    own_sparsity: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def weights(self) -> Iterator[Weight]:
         """Every prunable weight, group by group."""
         for group in self.groups:
             yield from group.weights
+
+    def in_place(self) -> frozenset[str]:
+        """Weights that are masked in place in one of the modules that hold them."""
+        homes = {owner.fqn for owner in self.owners if owner.form == "in-place"}
+        return frozenset(
+            weight.fqn
+            for weight in self.weights()
+            if any(_is_below(fqn, home) for fqn in (weight.fqn, *weight.aliases) for home in homes)
+        )
+
+    def pools(self, group: Group) -> tuple[tuple[Weight, ...], ...]:
+        """The weights of a group by what a prune compares: each with itself alone, or several with one another.
+
+        One threshold over several (see `allocation`) keeps as many weights as they have planned together.
+        """
+        if self.allocation != "global":
+            return tuple((weight,) for weight in group.weights)
+        is_free = {w.fqn: w.pattern == "unstructured" and w.fqn not in self.own_sparsity for w in group.weights}
+        together = tuple(weight for weight in group.weights if is_free[weight.fqn])
+        alone = tuple((weight,) for weight in group.weights if not is_free[weight.fqn])
+        return (together, *alone) if together else alone
+
+    def eased(self, index: int) -> Plan:
+        """The plan with the sparsity in force from the end of phase `index` on, where prunes do not go all the way."""
+        depths: dict[int, float] = {}
+        for phase in self.phases[: index + 1]:
+            depths |= dict.fromkeys(phase.prune, phase.depth)
+        if all(depth == 1 for depth in depths.values()):
+            return self
+        groups = (_eased(group, depths.get(number, 1.0)) for number, group in enumerate(self.groups))
+        return dataclasses.replace(self, groups=tuple(groups))
 
     def group_of(self) -> dict[str, int]:
         """FQN -> index of its group."""
@@ -186,6 +235,11 @@ class Plan:
                     )
 
 
+def _eased(group: Group, depth: float) -> Group:
+    weights = (dataclasses.replace(weight, sparsity=depth * weight.sparsity) for weight in group.weights)
+    return dataclasses.replace(group, weights=tuple(weights))
+
+
 def _check_weights(plan: Plan, source: str) -> None:
     seen: dict[str, str] = {}
     for index, group in enumerate(plan.groups):
@@ -209,6 +263,10 @@ def _check_weights(plan: Plan, source: str) -> None:
                         fix="a weight belongs to one group",
                     )
                 seen[fqn] = group.name
+    unknown = sorted(set(plan.own_sparsity) - {weight.fqn for weight in plan.weights()})
+    if unknown:
+        where = f"{source}: own_sparsity"
+        raise PlanError(f"there is no weight {unknown[0]!r}", where=where, fix="name weights of the groups")
 
 
 def _check_phases(plan: Plan, source: str) -> None:
@@ -221,6 +279,14 @@ def _check_phases(plan: Plan, source: str) -> None:
                 where=where,
                 fix="phases tile the steps without gaps",
             )
+        if phase.replicas != 1 and not (phase.grow == phase.prune and 1 < phase.replicas <= len(set(phase.grow))):
+            raise PlanError(
+                f"{phase.replicas} replicas cannot grow {list(phase.grow)} and prune {list(phase.prune)}",
+                where=where,
+                fix="each replica grows groups of its own and prunes the same ones",
+            )
+        if not 0 < phase.depth <= 1:
+            raise PlanError(f"depth {phase.depth} is not in (0, 1]", where=where, fix="1 prunes to the target sparsity")
         wrong = [group for group in (*phase.grow, *phase.prune) if not 0 <= group < len(plan.groups)]
         if wrong:
             raise PlanError(f"group {wrong[0]} does not exist", where=where, fix=f"there are {len(plan.groups)} groups")
@@ -264,3 +330,7 @@ def _parse_dataclass(kind: type, data: Any, where: str) -> Any:
     if missing:
         raise PlanError(f"the field {missing[0]!r} is missing", where=where)
     return kind(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _is_below(fqn: str, module: str) -> bool:
+    return not module or fqn.startswith(f"{module}.")

@@ -11,8 +11,11 @@ import networkx as nx
 from gapfx.compiler import Unit
 from gapfx.layers import Layer, layer_graph
 from gapfx.passes.find_blocks import Block, FindBlocks
+from gapfx.passes.find_roles import FindRoles, Role
 from gapfx.plan import Plan
 from gapfx.text import num_kept
+
+MAX_ROLES = 12
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Quality:
 
     `sizes` are the elements of each group; `peak` is the largest share of the planned weights that is live when one
     group is dense and the others sparse. `cut` of `num_edges` edges of the layer graph lead from one group to another.
-    `split` names the repeated blocks, of `num_blocks`, with weights in several groups.
+    `split` names the repeated blocks, of `num_blocks`, with weights in several groups; `roles` are those of their
+    weights.
     """
 
     sizes: tuple[int, ...]
@@ -30,6 +34,7 @@ class Quality:
     num_edges: int
     split: tuple[str, ...]
     num_blocks: int
+    roles: tuple[Role, ...] = ()
 
     @property
     def balance(self) -> float:
@@ -46,7 +51,7 @@ def measure(unit: Unit, plan: Plan) -> Quality:
     blocks = [block for block in unit.latest(FindBlocks) if block.is_repeated]
     split = tuple(block.name for block in blocks if len(_groups_of(block, group_of)) > 1)
     sizes = tuple(group.numel for group in plan.groups)
-    return Quality(sizes, _peak(plan), crossing, graph.number_of_edges(), split, len(blocks))
+    return Quality(sizes, _peak(plan), crossing, graph.number_of_edges(), split, len(blocks), unit.latest(FindRoles))
 
 
 def format_quality(quality: Quality) -> str:
@@ -55,7 +60,14 @@ def format_quality(quality: Quality) -> str:
         f"balance {quality.balance:.2f} (largest group over mean), at most {quality.peak:.1%} of planned weights live",
         f"cut width {quality.cut} of {quality.num_edges} edges between layers, blocks split {_split(quality)}",
     ]
+    lines += [f"roles in blocks {_roles(quality.roles)}"] * bool(quality.roles)
     return "\n".join(lines) + "\n"
+
+
+def _roles(roles: Sequence[Role]) -> str:
+    more = len(roles) - MAX_ROLES
+    named = ", ".join(f"{role.name} {len(role.weights)}" for role in roles[:MAX_ROLES])
+    return named + (f", {more} more" if more > 0 else "")
 
 
 def _split(quality: Quality) -> str:

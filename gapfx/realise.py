@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from gapfx.capture.late_code import generated_forward
+from gapfx.capture.late_code import LateGraphModule, generated_forward
 from gapfx.in_place import mask_in_place
 from gapfx.masks import MASK_PREFIX, mask_home
 from gapfx.owners import Owner
-from gapfx.plan import OwnerForm
+from gapfx.plan import Form, OwnerForm
+from gapfx.rows import Row, graph_of, identity, rows_of
 
-# (class, form, code) -> subclass: equal layers share one, so torch.compile guards on few types.
+# (class, form, names, rows) -> subclass: equal layers share one, so torch.compile guards on few types.
 _SUBCLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 _BASE = "_gapfx_base"
 
@@ -28,7 +31,7 @@ def realise_owners(model: nn.Module, owners: Iterable[Owner]) -> None:
         for name in owner.names:
             _hold_bits(model, _fqn(owner, name), bits.get(MASK_PREFIX + name))
         is_subclass = bool(bits) and owner.form != "in-place"
-        _set_class(owner.module, _subclass(base_of(owner.module), owner) if is_subclass else base_of(owner.module))
+        _set_class(owner.module, _subclass(owner) if is_subclass else base_of(owner.module))
         if owner.form == "in-place":
             in_place += [_fqn(owner, name.removeprefix(MASK_PREFIX)) for name in bits]
     mask_in_place(model, tuple(in_place))
@@ -92,37 +95,57 @@ def _set_class(module: nn.Module, target: type[nn.Module]) -> None:
         cast(Any, module)._init_flat_weights()
 
 
-def _subclass(base: type[nn.Module], owner: Owner) -> type[nn.Module]:
-    key = (base, owner.form, owner.names, _structure(owner.graph.graph))
-    if key not in _SUBCLASSES:
-        body = {_BASE: base, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body |= _forward(owner) if owner.form == "forward" else _properties(base, owner)
-        _SUBCLASSES[key] = type(base.__name__, (base,), body)
-    return _SUBCLASSES[key]
+@dataclass(frozen=True)
+class _Recipe:
+    """What makes a subclass; a masked module is pickled with it, since pickle finds no class that was made here."""
+
+    base: type[nn.Module]
+    form: Form
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def subclass(self) -> type[nn.Module]:
+        """The class of modules that are masked so."""
+        key = (self.base, self.form, self.names, identity(self.rows))
+        if key not in _SUBCLASSES:
+            _SUBCLASSES[key] = self._make()
+        return _SUBCLASSES[key]
+
+    def new(self) -> nn.Module:
+        """A module without state, for unpickling."""
+        cls = self.subclass()
+        return cls.__new__(cls)
+
+    def _make(self) -> type[nn.Module]:
+        base, graph = self.base, graph_of(self.rows)
+        body: dict[str, Any] = {_BASE: base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+        body |= {"__doc__": base.__doc__, "__reduce_ex__": _reducer(self)}
+        body |= _forward(graph) if self.form == "forward" else _properties(base, graph)
+        return type(base.__name__, (base,), body)
 
 
-def _structure(graph: fx.Graph) -> str:
-    """The graph as text: equal for graphs that compute the same in the same way."""
-    places = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
-    rows = [
-        (
-            node.op,
-            node.target if isinstance(node.target, str) else f"{node.target} {id(node.target)}",
-            *fx.map_arg((node.args, node.kwargs), places.__getitem__),
-        )
-        for node in graph.nodes
-    ]
-    return repr(rows)
+def _subclass(owner: Owner) -> type[nn.Module]:
+    return _Recipe(base_of(owner.module), owner.form, owner.names, rows_of(owner.graph.graph)).subclass()
 
 
-def _forward(owner: Owner) -> dict[str, Any]:
-    owner.graph.recompile()
-    return {"forward": generated_forward(owner.graph)}
+def _reducer(recipe: _Recipe) -> Callable[[nn.Module, int], Any]:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        make, args, *state = cast(Any, recipe.base).__reduce_ex__(self, max(2, protocol))
+        is_plain = make is copyreg.__newobj__ and args == (recipe.subclass(),)  # pyright: ignore[reportAttributeAccessIssue]
+        return (recipe.new, (), *state) if is_plain else (make, args, *state)
+
+    return reduce
 
 
-def _properties(base: type[nn.Module], owner: Owner) -> dict[str, Any]:
-    output = owner.graph.graph.output_node().args[0]
-    values = cast(Mapping[str, fx.Node], output)
+def _forward(graph: fx.Graph) -> dict[str, Any]:
+    held = nn.Module()
+    for node in graph.find_nodes(op="get_attr"):
+        held.register_parameter(str(node.target), None)
+    return {"forward": generated_forward(LateGraphModule(held, graph))}
+
+
+def _properties(base: type[nn.Module], graph: fx.Graph) -> dict[str, Any]:
+    values = cast(Mapping[str, fx.Node], graph.output_node().args[0])
     body: dict[str, Any] = {name: _property(name, value) for name, value in values.items() if value.op != "get_attr"}
     if issubclass(base, nn.RNNBase):
         body |= _RNN

@@ -10,7 +10,8 @@ from typing import Any
 from gapfx.plan import Plan
 from gapfx.progress import Progress
 from gapfx.run_dir import RunDir
-from gapfx.runtime.grow_prune import TrainState, sparsity_now
+from gapfx.runtime.grow_prune import sparsity_now
+from gapfx.runtime.state import TrainState
 from gapfx.settings import Settings
 
 
@@ -23,11 +24,14 @@ class Recording:
         events = RunDir(path.parent).events() if path else []
         self.seconds_before: float = next((e["seconds"] for e in reversed(events) if "seconds" in e), 0.0)
 
-    def start(self, settings: Settings, state: TrainState, *, is_resumed: bool) -> None:
-        """The first event of a run, or of its continuation; shows the phase that a resumed run is in."""
+    def start(self, settings: Settings, state: TrainState, *, is_resumed: bool, peaks: list[int]) -> None:
+        """The first event of a run, or of its continuation; shows the phase that a resumed run is in.
+
+        `peaks` is the memory of earlier processes, told anew as events of theirs may have been cut off.
+        """
         self._sparsity = sparsity_now(state)
         if is_resumed:
-            self.emit({"event": "resume", "step": state.step})
+            self.emit({"event": "resume", "step": state.step, "peak_rss_bytes_by_rank": peaks})
             self._progress.note(f"resumed at step {state.step}")
             inside = [phase for phase in self._plan.phases if phase.start < state.step < phase.stop]
             for phase in inside:
@@ -67,6 +71,9 @@ class Recording:
             f"pruned {', '.join(event['groups'])}: kept {kept:,} of {numel:,}, {changed:,} mask bits changed, "
             f"{event['explored']:.1%} of weights explored"
         )
+
+    def _show_fallback(self, event: dict[str, Any]) -> None:
+        self._progress.note(f"{event['problem']}; continuing from step {event['step']}")
 
     def _show_checkpoint(self, event: dict[str, Any]) -> None:
         self._progress.note(f"checkpoint of step {event['step']} written")

@@ -15,11 +15,12 @@ NewT = TypeVar("NewT")
 class Registry(Generic[EntryT]):
     """Names of one kind of extension, in the order in which they were registered.
 
-    Raises UserError for a name that is taken (naming both owners) and for one that is unknown (listing the known).
+    Raises UserError for a name that is taken (naming both owners) and for one that is unknown (listing the known, and
+    `unnamed`, what goes without a name).
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, unnamed: str = "") -> None:
+        self.kind, self.unnamed = kind, unnamed
         self._entries: dict[str, EntryT] = {}
 
     def register(self, name: str) -> Callable[[NewT], NewT]:
@@ -42,7 +43,8 @@ class Registry(Generic[EntryT]):
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"unknown {self.kind} {name!r}", fix=f"{hint}known: {', '.join(self._entries)}")
+            known = ", ".join([*self._entries, *[self.unnamed] * bool(self.unnamed)])
+            raise UserError(f"unknown {self.kind} {name!r}", fix=f"{hint}known: {known}")
         return self._entries[name]
 
     def __contains__(self, name: str) -> bool:

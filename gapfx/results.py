@@ -6,23 +6,29 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import resource
 import sys
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from gapfx.errors import Interrupted
 from gapfx.masks import count_kept
-from gapfx.plan import Plan
+from gapfx.model_file import write_model
 from gapfx.report import write_report
 from gapfx.run_dir import RunDir, write_atomically
 from gapfx.runtime.engine import local_device
-from gapfx.runtime.grow_prune import TrainState, sparsity_now
-from gapfx.runtime.loop import Job, build_module
-from gapfx.runtime.skeleton import skeleton_of
+from gapfx.runtime.evaluation import evaluated
+from gapfx.runtime.exchange import evaluation_module
+from gapfx.runtime.grow_prune import sparsity_now
+from gapfx.runtime.memory import peak_resident_bytes, returning_memory
+from gapfx.runtime.ranks import Peers
+from gapfx.runtime.state import TrainState
+from gapfx.runtime.steps import Job
 from gapfx.settings import Settings
-from gapfx.sparse import dense_state_dict
 from gapfx.task import Task
 
 LOWER_IS_BETTER = ("loss", "error", "perplexity", "bits", "nll", "mse", "mae", "rmse")
@@ -31,19 +37,26 @@ LOWER_IS_BETTER = ("loss", "error", "perplexity", "bits", "nll", "mse", "mae", "
 def write_results(
     task: Task, settings: Settings, run: RunDir, job: Job, state: TrainState, seconds: float
 ) -> dict[str, Any]:
-    """The summary, on every rank; rank 0 writes model.safetensors, summary.json and report.html."""
-    peak_rss = _max_over_ranks(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """The summary, on every rank; rank 0 writes model.safetensors, summary.json and report.html.
+
+    Raises Interrupted when a stop is asked for during the last evaluation.
+    """
     summary: dict[str, Any] = {}
+    with returning_memory():
+        write_model(run.model, job, state)
+        final = _sharded_metrics(job, state) if settings.zero == 3 else {}
+    peaks = Peers.all().tell(peak_resident_bytes())  # what other ranks do ends here
     if torch.distributed.get_rank() == 0:
-        module = build_module(job.plan, skeleton_of(job.module), state).cpu()
-        weights = dense_state_dict(module, job.plan)
-        save_file({key: value.contiguous() for key, value in weights.items()}, run.model)
-        final = _final_metrics(task, run, job)
+        with returning_memory():
+            final = final or _final_metrics(task, run, job)
+        peaks[0] = peak_resident_bytes()
+        peaks = [max(rank) for rank in zip_longest(peaks, run.peaks(), fillvalue=0)]
         summary = {
-            **_sparsity_facts(job.plan, state),
+            **_sparsity_facts(job, state),
             "metrics": {"final": final, "best": _best(run, final)},
             "seconds": seconds,
-            "peak_rss_bytes": peak_rss,
+            "peak_rss_bytes": max(peaks),
+            "peak_rss_bytes_by_rank": peaks,
             "world_size": torch.distributed.get_world_size(),
             "zero_stage": settings.zero,
             "form": settings.form,
@@ -58,19 +71,46 @@ def write_results(
 def _final_metrics(task: Task, run: RunDir, job: Job) -> dict[str, float]:
     """Metrics of the plain model with the saved file in it: what somebody who loads the file gets."""
     plain = task.model()
-    plain.load_state_dict(load_file(run.model), strict=True)
-    if job.evaluate is None:
-        return {}
-    plain.to(local_device()).eval()
-    with torch.no_grad():
-        return job.evaluate(plain)
+    _load(plain, run.model)
+    return _metrics(job, plain.to(local_device()).eval(), Peers())
 
 
-def _sparsity_facts(plan: Plan, state: TrainState) -> dict[str, Any]:
+def _sharded_metrics(job: Job, state: TrainState) -> dict[str, float]:
+    """Metrics of the state itself, for a model that may be too large for one rank (collective)."""
+    with evaluation_module(job.plan, job.module, state, job.live, job.engine) as module:
+        return _metrics(job, module, Peers.all())
+
+
+def _metrics(job: Job, module: nn.Module, peers: Peers) -> dict[str, float]:
+    metrics = evaluated(job.evaluate, module, peers, job.should_stop) if job.evaluate else {}
+    if metrics is None:
+        raise Interrupted("stopped in the last evaluation; continue with --resume")
+    return metrics
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    """Copy a file of weights into a module, one tensor at a time; a mistake in its keys is torch's error."""
+    own = module.state_dict().keys()
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    if own != keys:
+        module.load_state_dict({key: _tensor(path, key) for key in keys})
+    for key in own:
+        module.load_state_dict({key: _tensor(path, key)}, strict=False)
+
+
+def _tensor(path: Path, key: str) -> Tensor:
+    # Opened anew each time: what is read of an open file counts as memory of this process.
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key).clone()
+
+
+def _sparsity_facts(job: Job, state: TrainState) -> dict[str, Any]:
+    plan = job.plan
     group_of = plan.group_of()
     kept = {weight.fqn: count_kept(state.bits[weight.fqn]) for weight in plan.weights()}
     zeros = sum(weight.numel - kept[weight.fqn] for weight in plan.weights())
-    num_parameters = sum(value.numel() for value in state.weights.values())
+    num_parameters = sum(parameter.numel() for parameter in job.module.parameters())
     return {
         "method": plan.method,
         "sparsity_target": plan.sparsity,
@@ -95,14 +135,6 @@ def _best(run: RunDir, final: dict[str, float]) -> dict[str, float]:
                 choose = min if any(word in name.lower() for word in LOWER_IS_BETTER) else max
                 best[name] = choose(value, best.get(name, value))
     return best
-
-
-def _max_over_ranks(value: int) -> int:
-    if torch.distributed.get_world_size() == 1:
-        return value
-    every = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, value)
-    return max(every)
 
 
 def _versions() -> dict[str, str]:

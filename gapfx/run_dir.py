@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,21 @@ from gapfx.errors import UserError
 from gapfx.plan import Plan
 from gapfx.settings import Settings, merge
 
-# Settings that a resumed run may change: they alter neither the numbers nor the files that are already there.
-FREE_ON_RESUME = ("log_every", "keep_checkpoints", "nproc")
+# Settings that a resumed run may change: they alter neither what is computed, but for rounding, nor the files that
+# are already there. `kernels` is not among them: a resumed run follows what its plan holds,
+# which was chosen with it, without measuring.
+FREE_ON_RESUME = ("log_every", "keep_checkpoints", "nproc", "zero", "form", "deepspeed", "calibrate")
 
 
-_OWN_FILES = ("config.json", "plan.json", "metrics.jsonl", "model.safetensors", "summary.json", "report.html")
+_OWN_FILES = (
+    "config.json",
+    "plan.json",
+    "task.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "summary.json",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,11 @@ class RunDir:
     def plan(self) -> Path:
         """The plan with its phases."""
         return self.path / "plan.json"
+
+    @property
+    def task(self) -> Path:
+        """Where the task file was when the run began, and the name of its model function."""
+        return self.path / "task.json"
 
     @property
     def metrics(self) -> Path:
@@ -70,8 +86,11 @@ class RunDir:
                     fix="continue it with --resume, replace it with --force, or give another --out",
                 )
 
-    def create(self, settings: Settings, plan: Plan, *, force: bool) -> None:
-        """Make the directory of a new run, with `force` in the place of an older one. Raises UserError."""
+    def create(self, settings: Settings, plan: Plan, task: tuple[Path, str] | None = None, *, force: bool) -> None:
+        """Make the directory of a new run, with `force` in the place of an older one. Raises UserError.
+
+        `task` is the path of the task file and the name of its model function.
+        """
         self.check_new(force=force)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,6 +100,8 @@ class RunDir:
                 shutil.rmtree(self.checkpoints)
             write_atomically(self.config, settings.to_json())
             write_atomically(self.plan, plan.to_json())
+            if task is not None:
+                write_atomically(self.task, json.dumps({"path": str(task[0].resolve()), "entry": task[1]}))
         except OSError as error:
             raise UserError(f"the run directory cannot be made: {error}", fix="give another --out") from error
 
@@ -109,9 +130,34 @@ class RunDir:
                     fix="continue with the same settings, or start another run with another --out",
                 )
 
+    def check_plan(self, asked: Path | None, plan: Plan | None) -> None:
+        """Raise UserError when a run that has a plan is to be continued by another one.
+
+        The run has added to the plan that it was given, phases and forms and kernels: those are not compared.
+        """
+        if asked is None or plan is None:
+            return
+        given = Plan.load(asked)
+        if _pruned_weights(given) != _pruned_weights(plan) or given.phases not in ((), plan.phases):
+            raise UserError(
+                f"the run has another plan than {asked}",
+                where=str(self.plan),
+                fix="continue without --plan, or start another run with --out",
+            )
+
     def saved_plan(self) -> Plan | None:
         """The plan of a run that got so far."""
         return Plan.load(self.plan) if self.plan.is_file() else None
+
+    def saved_task(self) -> tuple[Path, str]:
+        """Path of the task file when the run began, and the name of its model function. Raises UserError."""
+        fix = "give the model itself"
+        if not self.task.is_file():
+            raise UserError(f"the run does not say which task it is of: {self.task} is missing", fix=fix)
+        found = _read_json(self.task)
+        if not all(isinstance(found.get(name), str) for name in ("path", "entry")):
+            raise UserError(f"{self.task} is damaged: it holds no path and entry", fix=fix)
+        return Path(found["path"]), found["entry"]
 
     def rewind_metrics(self, step: int) -> None:
         """Cut metrics.jsonl after the checkpoint of `step`; later lines, and torn ones, are written anew.
@@ -123,10 +169,19 @@ class RunDir:
         end = keep[-1] if keep else next((i for i, e in enumerate(events) if _is_after(e, step)), len(events))
         write_atomically(self.metrics, "".join(json.dumps(event) + "\n" for event in events[:end]))
 
+    def peaks(self) -> list[int]:
+        """The most memory that each rank had in any process of the run, as far as metrics.jsonl tells."""
+        told = (event.get("peak_rss_bytes_by_rank", []) for event in self.events())
+        return [max(rank) for rank in zip_longest(*told, fillvalue=0)]
+
     def events(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl."""
         lines = self.metrics.read_text(errors="replace").splitlines() if self.metrics.is_file() else []
         return [event for event in map(_event, lines) if event]
+
+
+def _pruned_weights(plan: Plan) -> list[list[tuple[str, float, str]]]:
+    return [[(weight.fqn, weight.sparsity, weight.pattern) for weight in group.weights] for group in plan.groups]
 
 
 def write_atomically(path: Path, text: str) -> None:

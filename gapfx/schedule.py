@@ -1,13 +1,13 @@
 """Schedules: tables of phases that tile the steps of a run.
 
-A schedule is a function `(Budget, num_groups) -> Phases`; with the same budget every schedule has the same number of
-steps, so that methods can be compared at equal epochs.
+A schedule is a function `(Budget, num_groups) -> Phases`; with the same budget every schedule but `pgap`, whose phases
+train several models side by side, has the same number of steps, so that methods can be compared at equal epochs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gapfx.errors import UserError
@@ -19,13 +19,15 @@ from gapfx.registry import Registry
 class Budget:
     """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
 
-    `state` says what happens to the optimizer state where a growing phase begins.
+    `state` says what happens to the optimizer state where a growing phase begins; `replicas` is the number of models
+    that `pgap` trains side by side, 0 for one a group.
     """
 
     rounds: int
     phase_steps: int
     finetune_steps: int
     state: StateRule = "reset"
+    replicas: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,36 @@ def gap(budget: Budget, num_groups: int) -> Schedule:
     return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
 
 
+@SCHEDULES.register("pgap")
+def pgap(budget: Budget, num_groups: int) -> Schedule:
+    """Parallel GaP (same paper): replicas of one sparse model each grow another group, and are merged; then as `gap`.
+
+    All groups start sparse. A round visits every group in as many phases as the replicas need turns.
+    """
+    replicas = budget.replicas or num_groups
+    if not 1 <= replicas <= num_groups:
+        raise UserError(
+            f"{replicas} replicas are more than the {num_groups} groups",
+            fix=f"give --replicas of at most {num_groups}, or more --groups",
+        )
+    shares = [tuple(range(first, min(first + replicas, num_groups))) for first in range(0, num_groups, replicas)]
+    turns = [(turn, share) for turn in range(budget.rounds) for share in shares]
+    phases = [
+        Phase(
+            f"round {turn + 1} groups {share[0] + 1} to {share[-1] + 1}",
+            start=index * budget.phase_steps,
+            stop=(index + 1) * budget.phase_steps,
+            grow=share,
+            prune=share,
+            round=turn,
+            state=budget.state,
+            replicas=len(share),
+        )
+        for index, (turn, share) in enumerate(turns)
+    ]
+    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
+
+
 @SCHEDULES.register("dense")
 def dense(budget: Budget, num_groups: int) -> Schedule:
     """Every group dense from the first step to the last: the control that all sparse results are held against."""
@@ -79,6 +111,58 @@ def oneshot(budget: Budget, num_groups: int) -> Schedule:
     if not budget.finetune_steps:
         raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
     return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))
+
+
+@SCHEDULES.register("acdc")
+def acdc(budget: Budget, num_groups: int) -> Schedule:
+    """AC/DC (Peste et al., NeurIPS 2021, algorithm 1): all groups dense and all sparse in turn, and sparse at the end.
+
+    One learning rate for the whole run. Where weights grow again the optimizer state does what the budget says (the
+    paper resets momentum there); a sparse phase carries on with that of the dense one before it.
+    """
+    everything, count = tuple(range(num_groups)), budget.rounds * num_groups
+    if count % 2 and not budget.finetune_steps:
+        raise UserError("acdc would end with a dense phase", fix="give --finetune-epochs above 0, or an even --rounds")
+    phases = [
+        Phase(
+            f"{'sparse' if index % 2 else 'dense'} {index // 2 + 1}",
+            start=index * budget.phase_steps,
+            stop=(index + 1) * budget.phase_steps,
+            grow=() if index % 2 else everything,
+            prune=() if index % 2 else everything,
+            round=index // 2,
+            state="carry" if index % 2 else budget.state,
+            lr="continue",
+        )
+        for index in range(count)
+    ]
+    return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
+
+
+@SCHEDULES.register("gmp")
+def gmp(budget: Budget, num_groups: int) -> Schedule:
+    """Gradual magnitude pruning (Zhu and Gupta, 2017, equation 1): dense at first, pruned further phase by phase.
+
+    After k of n phases the sparsity is 1 - (1 - k/n)^3 of the target. What is pruned does not come back. One learning
+    rate and one optimizer state for the whole run; masks stay in the fine-tune at the end.
+    """
+    everything, count = tuple(range(num_groups)), budget.rounds * num_groups
+    if not budget.finetune_steps:
+        raise UserError("gmp needs a fine-tune after its last prune", fix="give --finetune-epochs above 0")
+    phases = [
+        Phase(
+            "dense" if index == 0 else f"pruned {index} times" if index > 1 else "pruned once",
+            start=index * budget.phase_steps,
+            stop=(index + 1) * budget.phase_steps,
+            grow=() if index else everything,
+            prune=everything,
+            state="carry",
+            lr="continue",
+            depth=1 - (1 - (index + 1) / count) ** 3,
+        )
+        for index in range(count)
+    ]
+    return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
 
 
 def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
@@ -116,3 +200,8 @@ def _finetune(budget: Budget, start: int) -> tuple[Phase, ...]:
     if not budget.finetune_steps:
         return ()
     return (Phase("fine-tune", start, start + budget.finetune_steps, round=budget.rounds, state=budget.state),)
+
+
+def _carried(phases: Iterable[Phase]) -> Iterator[Phase]:
+    """The phases as a continuation of what came before."""
+    return (dataclasses.replace(phase, state="carry", lr="continue") for phase in phases)

@@ -27,6 +27,8 @@ class Settings:
     criterion: str = "magnitude"
     dense: tuple[str, ...] = ()
     prune_embeddings: bool = False
+    passes: str = ""
+    replicas: int = 0
     rounds: int = 1
     phase_epochs: float = 1.0
     finetune_epochs: float = 2.0
@@ -35,9 +37,13 @@ class Settings:
     micro_batch: int = 0
     clip: float = 1.0
     state: Literal["reset", "carry"] = "reset"
+    regrow_warmup: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1
-    form: Literal["masked"] = "masked"
+    form: Literal["masked", "compact"] = "compact"
+    kernels: Literal["auto", "expand", "sparse"] = "auto"
+    calibrate: bool = True
+    deepspeed: str = ""
     nproc: int = 1
     seed: int = 0
     log_every: int = 10
@@ -56,8 +62,13 @@ class Settings:
             value = getattr(self, name)
             if value != "auto" and value < low:
                 raise UserError(f"{name} is {value}, it must be at least {low}", fix=f"change {flag(name)}")
-        if self.zero not in (1, 2):
-            raise UserError(f"ZeRO stage {self.zero} is not supported yet", fix="use --zero 1 or --zero 2")
+        if self.zero not in (0, 1, 2, 3):
+            raise UserError(f"there is no ZeRO stage {self.zero}", fix="use --zero 0, 1, 2 or 3")
+        if self.zero == 0 and self.dtype == "bf16":
+            raise UserError(
+                "bf16 at ZeRO stage 0 is not exact: DeepSpeed's optimizer there strays from stages 1 to 3",
+                fix="use --zero 1, which on one process takes no more memory, or --dtype fp32",
+            )
         if bool(self.group) != (self.partition == "by-hand"):
             raise UserError("--group and --partition by-hand go together", fix="give both or neither")
 
@@ -78,6 +89,7 @@ class Settings:
 
 _LOWEST: Mapping[str, float] = {
     "groups": 1,
+    "replicas": 0,
     "rounds": 1,
     "phase_epochs": 0,
     "finetune_epochs": 0,
@@ -85,6 +97,7 @@ _LOWEST: Mapping[str, float] = {
     "batch_size": 1,
     "micro_batch": 0,
     "clip": 0,
+    "regrow_warmup": 0,
     "nproc": 1,
     "log_every": 1,
     "eval_epochs": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -12,16 +12,23 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from gapfx.calibration.cases import Dtype
+from gapfx.calibration.whole import step_seconds
 from gapfx.capture import capture, eval_reads
-from gapfx.capture.state import collector_paused
-from gapfx.compiler import Observer, Pipeline, Rewrite, Unit, Watcher, parse_pipeline, realise
+from gapfx.capture.state import collector_paused, restored
+from gapfx.compiler import Observer, Pass, Pipeline, Rewrite, Unit, Watcher, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
 from gapfx.errors import PlanError, UserError
-from gapfx.masks import bits_of, pack, stored_parameter, unpack, write_bits
+from gapfx.lowered import sparse_weights
+from gapfx.masks import Masks, bits_of, fill_masked, pack, stored_parameter, unpack, write_bits
+from gapfx.ops.expand import dense_of
 from gapfx.passes import default_pipeline
 from gapfx.passes.allocate_sparsity import AllocateSparsity
+from gapfx.passes.choose_kernels import ChooseKernels, KernelChoices
 from gapfx.passes.find_weights import FindWeights
 from gapfx.passes.insert_masks import InsertMasks
+from gapfx.passes.lower_compact import LowerCompact
+from gapfx.passes.lower_sparse import LowerSparse
 from gapfx.passes.partition import Partition, Strategy
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan
@@ -31,11 +38,18 @@ from gapfx.verify import verify
 AUTO_GROUPS = 4
 StrategyName = Strategy
 Allocation = Literal["uniform", "erk", "global"]
+Form = Literal["masked", "compact"]
+Once = Callable[[Callable[[], KernelChoices]], KernelChoices]
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the analyses are asked for. `passes` is a whole pipeline as text and replaces all other options."""
+    """What the analyses are asked for. `passes` is a whole pipeline as text and replaces all options but `form` ones.
+
+    With the form "compact" weights may be held by their live values alone, see `gapfx.passes.lower_compact`; `kernels`,
+    `calibrate` and `dtype` (of the training) then say how their products run, see `gapfx.passes.choose_kernels`. With
+    `explain` and `calibrate` a step of the dense model is timed too.
+    """
 
     sparsity: float = 0.9
     groups: int | Literal["auto"] = "auto"
@@ -46,17 +60,32 @@ class CompileOptions:
     criterion: str = "magnitude"
     dense: tuple[str, ...] = ()
     prune_embeddings: bool = False
+    form: Form = "masked"
+    kernels: Literal["auto", "expand", "sparse"] = "expand"
+    calibrate: bool = True
+    dtype: Dtype = "fp32"
+    explain: bool = False
     seed: int = 0
     passes: str = ""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A model whose planned weights are masked (all ones at first), its plan without phases, and what was noted."""
+    """A model whose planned weights are masked (all ones at first), its plan without phases, and what was noted.
+
+    `choices` tell what the kernels of the form "compact" were chosen by; `dense_seconds` are those of a step of the
+    model before it was masked, 0 where it was not timed.
+    """
 
     module: nn.Module
     plan: Plan
     notes: tuple[str, ...]
+    choices: KernelChoices
+    dense_seconds: float = 0.0
+
+
+def _here(action: Callable[[], KernelChoices]) -> KernelChoices:
+    return action()
 
 
 def compile_model(
@@ -68,49 +97,85 @@ def compile_model(
     observer: Observer | None = None,
     watchers: Sequence[Watcher] = (),
     check: Callable[[nn.Module], object] | None = None,
+    once: Once = _here,
 ) -> Compiled:
     """Capture one forward that `run(model)` makes, plan it (or take `plan`), and mask the model in place.
 
     A second forward, in eval and without gradients, shows which weights other modules read there; a note says so when
     it fails. `watchers` see the unit before the first pass and after each one. `check` is a forward of another batch:
-    with it the masked model is verified, and an owner that does not match is demoted and named in a note.
+    with it the masked model is verified, and an owner that does not match is demoted and named in a note. `once` runs
+    what measures this machine, on one rank for all.
     """
     with collector_paused():
         unit = Unit(capture(model, run), eval_reads(model, run))
-        return _compile(unit, options, plan, observer, watchers, check)
+        # After the capture: a ScriptModule that has run a few times shows other ops.
+        is_timed = options.explain and options.calibrate and options.dtype == "fp32"
+        seconds = _dense_seconds(model, run) if is_timed else 0.0
+        compiled = _compile(unit, options, plan, Pipeline((), observer, tuple(watchers)), check, once)
+        return dataclasses.replace(compiled, dense_seconds=seconds)
+
+
+def _dense_seconds(model: nn.Module, run: Callable[[nn.Module], object]) -> float:
+    try:
+        with restored(model):
+            return step_seconds(model, run)
+    except Exception:  # a plan needs no backward; without it only the layers are compared
+        return 0.0
 
 
 def _compile(
     unit: Unit,
     options: CompileOptions,
     plan: Plan | None,
-    observer: Observer | None,
-    watchers: Sequence[Watcher],
+    watched: Pipeline,
     check: Callable[[nn.Module], object] | None,
+    once: Once,
 ) -> Compiled:
     model = unit.capture.model
     if plan is not None:
         _check_rules(plan)
         plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})
         unit.assume(AllocateSparsity, plan)
-        pipeline = Pipeline((InsertMasks(),), observer)
+        passes: tuple[Pass, ...] = (InsertMasks(),)
     elif options.passes:
-        pipeline = parse_pipeline(options.passes, observer)
+        passes = parse_pipeline(options.passes).passes
     else:
-        pipeline = _pipeline(options, unit, observer)
-    for watcher in watchers:
+        passes = _pipeline(options, unit).passes
+    if options.form == "compact" and not any(isinstance(step, LowerCompact) for step in passes):
+        passes = (*passes, LowerCompact())
+    for watcher in watched.watchers:
         watcher.begin(unit)
-    dataclasses.replace(pipeline, watchers=tuple(watchers)).run(unit)
+    dataclasses.replace(watched, passes=passes).run(unit)
     made = unit.latest(AllocateSparsity)
     _check_masked(unit, made)
+    choices = _choose(unit, passes, options, is_planned=plan is not None, once=once)
+    dataclasses.replace(watched, passes=(LowerSparse(),) if options.form == "compact" else ()).run(unit)
     notes = (*unit.capture.notes, *_eval_notes(unit), *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
     if plan is None:
         made = dataclasses.replace(made, criterion=options.criterion)
     module = cast(nn.Module, realise(unit))
     if check is not None:
-        rewrites = tuple(step for step in pipeline.passes if isinstance(step, Rewrite))
+        rewrites = (*(step for step in passes if isinstance(step, Rewrite)), LowerSparse())
         notes += verify(unit, Pipeline(rewrites), made, check)
-    return Compiled(module, dataclasses.replace(made, owners=owner_forms(unit.owners)), notes)
+    choices = choices.taken(sparse_weights(unit))
+    made = dataclasses.replace(choices.on(made), owners=owner_forms(unit.owners))
+    return Compiled(module, made, (*notes, *choices.notes), choices)
+
+
+def _choose(
+    unit: Unit, passes: Sequence[Pass], options: CompileOptions, *, is_planned: bool, once: Once
+) -> KernelChoices:
+    """What `choose-kernels` finds, on one rank for all, and `lower-sparse` goes by."""
+    given = next((step for step in passes if isinstance(step, ChooseKernels)), None)
+    if options.form != "compact":
+        chooser = ChooseKernels("expand")
+    elif is_planned and options.kernels == "auto":
+        chooser = ChooseKernels("plan")
+    else:
+        chooser = given or ChooseKernels(options.kernels, options.calibrate, options.dtype)
+    choices = once(lambda: unit.fact(chooser))
+    unit.assume(ChooseKernels, choices)
+    return choices
 
 
 def _eval_notes(unit: Unit) -> tuple[str, ...]:
@@ -119,11 +184,11 @@ def _eval_notes(unit: Unit) -> tuple[str, ...]:
     return (f"the model: its forward in eval fails ({failure}), so {lost}",) if failure else ()
 
 
-def _pipeline(options: CompileOptions, unit: Unit, observer: Observer | None) -> Pipeline:
+def _pipeline(options: CompileOptions, unit: Unit) -> Pipeline:
     find = FindWeights(dense=options.dense, embeddings=options.prune_embeddings)
     allocate = AllocateSparsity(options.sparsity, options.allocation, options.pattern)
     unit.choose(find)
-    return default_pipeline(find, _partition(options, unit), allocate, observer)
+    return default_pipeline(find, _partition(options, unit), allocate)
 
 
 def _partition(options: CompileOptions, unit: Unit) -> Partition:
@@ -151,29 +216,13 @@ def _check_rules(plan: Plan) -> None:
 
 
 def _check_masked(unit: Unit, plan: Plan) -> None:
+    """Before kernels are chosen: what no kernel takes can be sparse all the same."""
     refused = dict(unit.refusals)
     for weight in plan.weights():
         if weight.fqn in refused:
             raise UserError(
                 f"{weight.fqn} cannot be sparse: {refused[weight.fqn]}", fix="take it out of the plan (--dense)"
             )
-
-
-class Masks(Mapping[str, Tensor]):
-    """FQN -> bool mask of the weight's shape, True = kept, unpacked from the module's bits at each look-up."""
-
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
-        self._module, self._weights = module, {weight.fqn: weight for weight in plan.weights()}
-
-    def __getitem__(self, fqn: str) -> Tensor:
-        weight = self._weights[fqn]
-        return unpack(bits_of(self._module, fqn), weight.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 @dataclass(frozen=True)
@@ -190,7 +239,7 @@ class Sparse:
 
     def __post_init__(self) -> None:
         """Give access to the module's masks."""
-        object.__setattr__(self, "masks", Masks(self.module, self.plan))
+        object.__setattr__(self, "masks", Masks(self.module, {w.fqn: w.shape for w in self.plan.weights()}))
 
     def set_mask(self, fqn: str, mask: Tensor) -> None:
         """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops."""
@@ -201,9 +250,7 @@ class Sparse:
             raise UserError(f"the mask of {fqn} must be a bool tensor of shape {list(weight.shape)}")
         for name in (fqn, *weight.aliases):
             write_bits(self.module, name, pack(mask).to(bits_of(self.module, name).device))
-        parameter = stored_parameter(self.module, fqn)
-        with torch.no_grad():
-            parameter.masked_fill_(~mask.to(parameter.device), 0)
+        fill_masked(stored_parameter(self.module, fqn), mask)
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """Copies under the original keys, exact zeros where a weight is masked."""
@@ -218,9 +265,12 @@ def dense_state_dict(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
         for key, value in module.state_dict().items()
     }
     for weight in plan.weights():
-        mask = unpack(bits_of(module, weight.fqn), weight.shape)
+        bits = bits_of(module, weight.fqn)
         for fqn in (weight.fqn, *weight.aliases):
-            state[fqn].masked_fill_(~mask, 0)
+            if state[fqn].shape == weight.shape:
+                fill_masked(state[fqn], unpack(bits, weight.shape))
+            else:
+                state[fqn] = dense_of(state[fqn], bits, weight.shape)
     return state
 
 

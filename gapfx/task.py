@@ -21,7 +21,7 @@ _NUM_ARGUMENTS = {"model": 0, "data": 1, "loss": 2, "evaluate": 2, "optimizer": 
 
 @dataclass(frozen=True)
 class Task:
-    """The functions of a task file; those that it does not have are None.
+    """The functions of a task file; those that it does not have are None. `entry` is the name of `model` in the file.
 
     An exception that one of them raises becomes a TaskError that names the function, the file and the line.
     """
@@ -36,6 +36,7 @@ class Task:
     collate: Callable[[list[Any]], Any] | None = None
     example: Callable[[], Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    entry: str = "model"
 
     def need(self, *names: str) -> None:
         """Raise TaskError unless the task has these functions."""
@@ -58,7 +59,8 @@ def load_task(path: Path, entry: str = "model") -> Task:
     defaults = getattr(module, "defaults", {})
     if not isinstance(defaults, Mapping):
         raise TaskError(f"defaults is a {type(defaults).__name__}", where=str(path), fix="make it a dict of settings")
-    return Task(path=path, defaults=cast(Mapping[str, Any], defaults), **cast(dict[str, Any], guarded))
+    rest = cast(dict[str, Any], guarded)
+    return Task(path=path, defaults=cast(Mapping[str, Any], defaults), entry=entry, **rest)
 
 
 def split_entry(text: str) -> tuple[Path, str]:

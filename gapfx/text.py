@@ -39,7 +39,12 @@ def format_plan(plan: Plan) -> str:
     rows = [_group_row(str(index), group.name, group.weights) for index, group in enumerate(plan.groups)]
     rows.append(_group_row("", "all", tuple(plan.weights())))
     groups = _table(["group", "name", "weights", "numel", "sparsity", "kept", "patterns"], rows, right={0, 2, 3, 4, 5})
-    parts = [f"{title}\n", groups, _dense_text(plan.dense), *[_owners_text(plan.owners)] * bool(plan.owners)]
+    parts = [
+        f"{title}\n{_shared_text(plan)}",
+        groups,
+        _dense_text(plan.dense),
+        *[_owners_text(plan.owners)] * bool(plan.owners),
+    ]
     return "\n".join(parts)
 
 
@@ -48,6 +53,18 @@ def format_phases(plan: Plan) -> str:
     header = ["phase", "name", "round", "steps", "grow", "prune at end", "state", "lr", "kept"]
     rows = [_phase_row(plan, index, phase, kept) for (index, phase), kept in _with_kept(plan)]
     return _table(header, rows, right={0, 2, 8})
+
+
+def format_kernels(plan: Plan) -> str:
+    """How the products of frozen weights run, and the speed-up over dense layers; "" where nothing is to be told."""
+    classes: dict[tuple[str, ...], int] = {}
+    for weight in plan.weights():
+        row = _kernel_row(weight)
+        classes[row] = classes.get(row, 0) + 1
+    if not any(weight.positions or weight.kernel == "sparse" for weight in plan.weights()):
+        return ""
+    header = ["kernel", "weights", "shape", "sparsity", "pattern", "positions", "gain"]
+    return _table(header, [[row[0], str(number), *row[1:]] for row, number in classes.items()], right={1, 3, 5, 6})
 
 
 # ---- graphs
@@ -124,6 +141,17 @@ def num_kept(weights: Iterable[Weight]) -> int:
     return sum(parse_pattern(weight.pattern).num_kept(weight.shape, weight.sparsity) for weight in weights)
 
 
+def _shared_text(plan: Plan) -> str:
+    """For a plan with one threshold a group: how many weights it is over, and how many keep a count of their own."""
+    if plan.allocation != "global":
+        return ""
+    pools = [pool for group in plan.groups for pool in plan.pools(group)]
+    shared, alone = (sum(len(pool) for pool in pools if (len(pool) > 1) is many) for many in (True, False))
+    told = f"each prune has one threshold a group, over {shared} weights in all"
+    reason = "which have a pattern, a sparsity by hand or a group to themselves"
+    return told + (f"; {alone} keep their own counts, {reason}" if alone else "") + "\n"
+
+
 def _group_row(index: str, name: str, weights: Sequence[Weight]) -> list[str]:
     numel, kept = sum(weight.numel for weight in weights), num_kept(weights)
     patterns = ", ".join(dict.fromkeys(weight.pattern for weight in weights))
@@ -136,6 +164,18 @@ def _group_row(index: str, name: str, weights: Sequence[Weight]) -> list[str]:
         f"{kept:,}",
         patterns,
     ]
+
+
+def _kernel_row(weight: Weight) -> tuple[str, ...]:
+    known = bool(weight.positions)
+    return (
+        weight.kernel,
+        "x".join(map(str, weight.shape)),
+        _share(weight.sparsity),
+        weight.pattern,
+        f"{weight.positions:,}" if known else "-",
+        f"{weight.gain:.2f}x" if known else "-",
+    )
 
 
 def _dense_text(dense: Sequence[DenseWeight]) -> str:
@@ -173,9 +213,9 @@ def _reasons(owners: Sequence[OwnerForm]) -> str:
 def _with_kept(plan: Plan) -> Iterator[tuple[tuple[int, Phase], float]]:
     """Each phase with the kept share of all planned weights while it trains; before the first all are sparse."""
     sizes = [group.numel for group in plan.groups]
-    sparse = [num_kept(group.weights) for group in plan.groups]
     dense: set[int] = set()
     for index, phase in enumerate(plan.phases):
+        sparse = [num_kept(group.weights) for group in plan.eased(index - 1).groups]
         dense |= set(phase.grow)
         kept = sum(sizes[group] if group in dense else sparse[group] for group in range(len(sizes)))
         yield (index, phase), kept / max(1, sum(sizes))
@@ -185,6 +225,7 @@ def _with_kept(plan: Plan) -> Iterator[tuple[tuple[int, Phase], float]]:
 def _phase_row(plan: Plan, index: int, phase: Phase, kept: float) -> list[str]:
     steps = f"[{phase.start:,}, {phase.stop:,})"
     grow, prune = (_groups(plan, groups) for groups in (phase.grow, phase.prune))
+    prune += f" to {phase.depth:.1%} of target" if phase.depth < 1 else ""
     return [str(index), phase.name, str(phase.round), steps, grow, prune, phase.state, phase.lr, _share(kept)]
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import signal
+import json
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -27,13 +26,20 @@ from gapfx.progress import SilentProgress, open_progress
 from gapfx.recording import Recording
 from gapfx.results import write_results
 from gapfx.run_dir import RunDir
-from gapfx.runtime.checkpoint import load_checkpoint
-from gapfx.runtime.engine import EngineOptions, local_device, process_group
+from gapfx.runtime.checkpoint import check_model, load_checkpoint
+from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, local_device, process_group
+from gapfx.runtime.evaluation import Evaluate
 from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
+from gapfx.runtime.grow_prune import check_prunes
 from gapfx.runtime.learning_rate import warmup_cosine
-from gapfx.runtime.loop import Job, Pace, initial_state, train
-from gapfx.runtime.ranks import on_rank_0
+from gapfx.runtime.loop import initial_state, train
+from gapfx.runtime.memory import keep_activations_alone, largest_activation, returning_memory
+from gapfx.runtime.paged import in_files
+from gapfx.runtime.ranks import Peers, on_rank_0, told_by_rank_0
 from gapfx.runtime.seeds import seed_everything
+from gapfx.runtime.skeleton import hollow, skeleton_of
+from gapfx.runtime.steps import Job, Pace
+from gapfx.runtime.stop import stop_on_signal
 from gapfx.schedule import Budget, with_schedule
 from gapfx.settings import Settings
 from gapfx.sparse import Compiled, CompileOptions, compile_model
@@ -52,7 +58,7 @@ class Request:
     resume: bool = False
     force: bool = False
     plan: Path | None = None
-    passes: str = ""
+    explain: bool = False
     observer: Observer | None = None
     watchers: tuple[Watcher, ...] = ()
     stream: TextIO = field(default_factory=lambda: sys.stdout)
@@ -68,36 +74,58 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
 def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
     run = RunDir(request.out)
     on_rank_0(lambda: _check_run(run, settings, request))
-    plan = run.saved_plan() if request.resume else None
+    plan = saved = run.saved_plan() if request.resume else None
+    run.check_plan(request.plan, saved)
     if plan is None and request.plan is not None:
         plan = Plan.load(request.plan)
     feed = make_feed(task, settings, _rank(), torch.distributed.get_world_size())
-    compiled = compile_task(task, settings, feed, plan, request)
+    check_config(engine_options(settings, feed), feed.world_size)  # a mistake in it is told now
+    # What kernels a run has is in its plan: nothing is measured again.
+    asked = dataclasses.replace(settings, kernels="auto") if saved else settings
+    with returning_memory():
+        compiled = compile_task(task, asked, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
+    check_prunes(plan)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
-    on_rank_0(lambda: None if request.resume else run.create(settings, plan, force=request.force))
+    on_rank_0(
+        lambda: None if request.resume else run.create(settings, plan, (task.path, task.entry), force=request.force)
+    )
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
-    return _train(task, settings, request, run, job)
+    keep_activations_alone(largest_activation(plan, compute_dtype(job.engine).itemsize))
+    return _train(task, settings, request, run, job, compiled.notes)
 
 
-def _train(task: Task, settings: Settings, request: Request, run: RunDir, job: Job) -> dict[str, Any]:
-    found = load_checkpoint(run.checkpoints) if request.resume else None
-    state, problems = found or (initial_state(job), [])
-    on_rank_0(lambda: run.rewind_metrics(state.step if found else -1))
+def _train(
+    task: Task, settings: Settings, request: Request, run: RunDir, job: Job, notes: Sequence[str]
+) -> dict[str, Any]:
+    found = load_checkpoint(run.checkpoints, Peers.all()) if request.resume else None
+    with returning_memory():
+        skeleton = skeleton_of(job.module)
+        if found is not None:
+            check_model(job.module, found[0], run.checkpoints)
+        state, problems = found or (initial_state(job), [])
+        for parameter in job.module.parameters():
+            hollow(parameter)
+        job = dataclasses.replace(job, module=skeleton)
     is_writer = _rank() == 0
+    peaks = run.peaks() if is_writer else []
+    on_rank_0(lambda: run.rewind_metrics(state.step if found else -1))
     progress = open_progress(job.plan, start_step=state.step, stream=request.stream) if is_writer else SilentProgress()
-    with progress, _stop_on_signal() as should_stop:
-        recording = Recording(run.metrics if is_writer else None, job.plan, progress)
-        for problem in problems:
-            progress.note(f"{problem}; continuing from step {state.step}")
-        recording.start(settings, state, is_resumed=found is not None)
-        began = time.monotonic()
-        gc.freeze()  # the collection at each phase's end need not look at the libraries again
-        job = dataclasses.replace(job, emit=recording.emit, should_stop=should_stop)
-        train(job, state)
-        seconds = recording.seconds_before + time.monotonic() - began
-        recording.emit({"event": "end", "step": state.step, "phase": len(job.plan.phases), "seconds": seconds})
-    return write_results(task, settings, run, job, state, seconds)
+    with stop_on_signal() as should_stop:
+        with progress:
+            recording = Recording(run.metrics if is_writer else None, job.plan, progress)
+            for note in notes:
+                progress.note(note)
+            recording.start(settings, state, is_resumed=found is not None, peaks=peaks)
+            for problem in problems:
+                recording.emit({"event": "fallback", "step": state.step, "problem": problem})
+            began = time.monotonic()
+            gc.freeze()  # the collection at each phase's end need not look at the libraries again
+            job = dataclasses.replace(job, emit=recording.emit, should_stop=should_stop)
+            train(job, state)
+            seconds = recording.seconds_before + time.monotonic() - began
+            recording.emit({"event": "end", "step": state.step, "phase": len(job.plan.phases), "seconds": seconds})
+        return write_results(task, settings, run, job, state, seconds)
 
 
 def make_feed(task: Task, settings: Settings, rank: int, world_size: int) -> Feed:
@@ -149,27 +177,48 @@ def build_model(task: Task, settings: Settings) -> nn.Module:
 def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, request: Request) -> Compiled:
     """The task's model, masked, with its plan; captured on the first micro-batch and verified on the second."""
     assert task.loss is not None
-    loss, model = task.loss, build_model(task, settings)
+    loss = task.loss
+    options = dataclasses.replace(compile_options(settings), explain=request.explain)
+    with _building(settings, feed, request) as building:
+        with building:
+            model = build_model(task, settings)
+        first, second = _two_batches(task, settings, feed)
+        return compile_model(
+            model,
+            lambda m: loss(m, first),
+            options,
+            plan=plan,
+            observer=request.observer,
+            watchers=request.watchers,
+            check=lambda m: loss(m, second),
+            once=told_by_rank_0 if torch.distributed.is_initialized() else lambda action: action(),
+        )
+
+
+def _building(
+    settings: Settings, feed: Feed, request: Request
+) -> AbstractContextManager[AbstractContextManager[object]]:
+    """Where the model is built: outside of memory where no rank shall hold it whole."""
+    return in_files(request.out) if settings.zero == 3 and feed.world_size > 1 else nullcontext(nullcontext())
+
+
+def first_batches(task: Task, settings: Settings) -> tuple[nn.Module, Any, Any]:
+    """The model of a task and two batches that its loss takes, as they come in a training on one rank."""
+    model = build_model(task, settings)
+    return model, *_two_batches(task, settings, make_feed(task, settings, 0, 1))
+
+
+def _two_batches(task: Task, settings: Settings, feed: Feed) -> tuple[Any, Any]:
     seed_everything(settings.seed, _DATA_STREAM)
     loader = blaming_data(whole_loader(feed.data, feed.micro_batch, feed.collate))
     batches = list(itertools.islice(loader, 3))
     if not batches:
         raise TaskError('data("train") is empty', where=str(task.path), fix="return at least one batch of samples")
-    options = compile_options(settings, request.passes)
     # The last batch may be too small for a forward in train mode, so the second one counts if it is not the last.
-    first, second = batches[0], batches[len(batches) > 2]
-    return compile_model(
-        model,
-        lambda m: loss(m, first),
-        options,
-        plan=plan,
-        observer=request.observer,
-        watchers=request.watchers,
-        check=lambda m: loss(m, second),
-    )
+    return batches[0], batches[len(batches) > 2]
 
 
-def compile_options(settings: Settings, passes: str = "") -> CompileOptions:
+def compile_options(settings: Settings) -> CompileOptions:
     """The part of the settings that the compiler needs."""
     return CompileOptions(
         sparsity=settings.sparsity,
@@ -181,8 +230,12 @@ def compile_options(settings: Settings, passes: str = "") -> CompileOptions:
         criterion=settings.criterion,
         dense=settings.dense,
         prune_embeddings=settings.prune_embeddings,
+        form=settings.form,
+        kernels=settings.kernels,
+        calibrate=settings.calibrate,
+        dtype=settings.dtype,
         seed=settings.seed,
-        passes=passes,
+        passes=settings.passes,
     )
 
 
@@ -196,12 +249,15 @@ def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
         phase_steps=round(settings.phase_epochs * per_epoch),
         finetune_steps=round(settings.finetune_epochs * per_epoch),
         state=settings.state,
+        replicas=settings.replicas,
     )
     return with_schedule(plan, settings.method, budget)
 
 
 def _job(task: Task, settings: Settings, run: RunDir, feed: Feed, compiled: Compiled) -> Job:
     assert task.loss is not None
+    planned = {weight.fqn for weight in compiled.plan.weights()}
+    live = frozenset(planned - compiled.plan.in_place() if settings.form == "compact" else ())
     evaluate_every = round(settings.eval_epochs * feed.steps_per_epoch)
     return Job(
         plan=compiled.plan,
@@ -209,27 +265,43 @@ def _job(task: Task, settings: Settings, run: RunDir, feed: Feed, compiled: Comp
         feed=feed,
         loss=task.loss,
         optimizer=task.optimizer or _adamw,
-        engine=EngineOptions(feed.micro_batch, feed.accumulation, settings.clip, settings.dtype, settings.zero),
+        engine=engine_options(settings, feed, is_live=bool(live)),
         checkpoints=run.checkpoints,
+        live=live,
         evaluate=make_evaluate(task, settings),
         lr=task.lr or warmup_cosine,
         pace=Pace(settings.log_every, evaluate_every, settings.checkpoint_every, settings.keep_checkpoints),
         seed=settings.seed,
+        regrow_warmup=settings.regrow_warmup,
+    )
+
+
+def engine_options(settings: Settings, feed: Feed, *, is_live: bool = False) -> EngineOptions:
+    """The part of the settings that an engine needs."""
+    return EngineOptions(
+        micro_batch=feed.micro_batch,
+        accumulation=feed.accumulation,
+        clip=settings.clip,
+        dtype=settings.dtype,
+        zero_stage=settings.zero,
+        is_live=is_live,
+        deepspeed=json.loads(settings.deepspeed or "{}"),
     )
 
 
 def _adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=DEFAULT_LR)
+    # One pass over the state without temporaries as large as it.
+    return torch.optim.AdamW(params, lr=DEFAULT_LR, fused=True)
 
 
-def make_evaluate(task: Task, settings: Settings) -> Callable[[nn.Module], dict[str, float]]:
+def make_evaluate(task: Task, settings: Settings) -> Evaluate:
     """Metrics of a module on the validation data: the task's own, else the mean loss."""
     data = load_data(task, settings, "val")
     loader = whole_loader(data, settings.batch_size, task.collate or default_collate)
 
-    def evaluate(module: nn.Module) -> dict[str, float]:
+    def evaluate(module: nn.Module, before_batch: Callable[[], object]) -> dict[str, float]:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        moved = DeviceLoader(loader, local_device(), dtype)
+        moved = DeviceLoader(loader, local_device(), dtype, before_batch)
         metrics = task.evaluate(module, moved) if task.evaluate else {"loss": _mean_loss(task, module, moved)}
         return _checked_metrics(metrics, task)
 
@@ -268,21 +340,3 @@ def _check_run(run: RunDir, settings: Settings, request: Request) -> None:
 
 def _rank() -> int:
     return torch.distributed.get_rank()
-
-
-@contextmanager
-def _stop_on_signal() -> Generator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks for a stop after the step; the second one stops at once."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

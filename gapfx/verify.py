@@ -22,7 +22,7 @@ from gapfx.capture.record import eager
 from gapfx.capture.state import restored
 from gapfx.compiler import Pipeline, Unit, realise
 from gapfx.errors import GapfxError, UserError
-from gapfx.masks import bits_of, pack, stored_parameter, write_bits
+from gapfx.masks import Masks, bits_of, pack, stored_parameter, write_bits
 from gapfx.owners import Owner, in_reads
 from gapfx.plan import Form, Plan, Weight
 from gapfx.realise import base_of, is_masked, set_aside
@@ -91,26 +91,35 @@ def _suspects(owners: Mapping[str, Owner], place: str) -> list[Owner]:
 
 @contextmanager
 def _random_masks(model: nn.Module, plan: Plan) -> Generator[Mapping[str, Tensor]]:
-    """Masks that keep half of each weight, in the model meanwhile; afterwards bits and weights are as before."""
+    """Masks that drop an eighth of each weight, half of a small one, in the model meanwhile.
+
+    Afterwards bits and weights are as before.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    masks = {weight.fqn: torch.rand(weight.shape, generator=generator) < 0.5 for weight in plan.weights()}
     bits = {fqn: bits_of(model, fqn).clone() for weight in plan.weights() for fqn in _names(weight)}
-    kept = {fqn: stored_parameter(model, fqn).detach().clone() for fqn in masks}
+    masks = Masks(model, {weight.fqn: weight.shape for weight in plan.weights()})
+    kept: dict[str, Tensor] = {}
     try:
-        _write(model, plan, masks)
-        yield {fqn: mask.to(kept[fqn].device) for fqn, mask in masks.items()}
+        for weight in plan.weights():
+            _write(model, weight, torch.rand(weight.shape, generator=generator) >= _share_dropped(weight))
+            # Only what is written over: of a large model there is no room for more.
+            kept[weight.fqn] = stored_parameter(model, weight.fqn).detach()[~masks[weight.fqn]]
+        yield masks
     finally:
-        for fqn, value in bits.items():
-            write_bits(model, fqn, value)
         with torch.no_grad():
             for fqn, value in kept.items():
-                stored_parameter(model, fqn).copy_(value)
+                stored_parameter(model, fqn).masked_scatter_(~masks[fqn], value)
+        for fqn, value in bits.items():
+            write_bits(model, fqn, value)
 
 
-def _write(model: nn.Module, plan: Plan, masks: Mapping[str, Tensor]) -> None:
-    for weight in plan.weights():
-        for fqn in _names(weight):
-            write_bits(model, fqn, pack(masks[weight.fqn]).to(bits_of(model, fqn).device))
+def _share_dropped(weight: Weight) -> float:
+    return 0.5 if weight.numel < 4096 else 0.125
+
+
+def _write(model: nn.Module, weight: Weight, mask: Tensor) -> None:
+    for fqn in _names(weight):
+        write_bits(model, fqn, pack(mask).to(bits_of(model, fqn).device))
 
 
 def _names(weight: Weight) -> tuple[str, ...]:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from gapfx.compiler import Observer, Pipeline
 from gapfx.passes.allocate_sparsity import AllocateSparsity
+from gapfx.passes.choose_kernels import ChooseKernels
 from gapfx.passes.find_blocks import FindBlocks
+from gapfx.passes.find_roles import FindRoles
 from gapfx.passes.find_weights import FindWeights
 from gapfx.passes.fold_masks import FoldMasks
 from gapfx.passes.insert_masks import InsertMasks
+from gapfx.passes.lower_compact import LowerCompact
+from gapfx.passes.lower_inference import LowerInference
+from gapfx.passes.lower_sparse import LowerSparse
 from gapfx.passes.partition import Partition
 from gapfx.passes.tie_weights import TieWeights
 
 __all__ = [
     "AllocateSparsity",
+    "ChooseKernels",
     "FindBlocks",
+    "FindRoles",
     "FindWeights",
     "FoldMasks",
     "InsertMasks",
+    "LowerCompact",
+    "LowerInference",
+    "LowerSparse",
     "Partition",
     "TieWeights",
     "default_pipeline",

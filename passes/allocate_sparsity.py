@@ -24,7 +24,8 @@ Allocation = Literal["uniform", "erk", "global"]
 class AllocateSparsity(Analysis[Plan]):
     """The plan: every prunable weight in its group, with its target sparsity.
 
-    `uniform` gives each weight the same; `erk` and `global` share out the same total by shape and by magnitude.
+    `uniform` gives each weight the same; `erk` and `global` share out the same total by shape and by magnitude. With
+    `global` each prune shares out a group's total again, between its unstructured weights without an entry below.
     `by_weight` holds GLOB=SPARSITY entries that win over it, for the weights that match. A pattern such as 2:4 fixes
     the sparsity; weights whose shape it does not fit stay dense.
     """
@@ -63,6 +64,7 @@ class AllocateSparsity(Analysis[Plan]):
             sparsity=_mean(sparsity, fitting) if self.by_weight or pattern.fixed_sparsity else self.sparsity,
             partition=cast(Partition, unit.chosen(Partition)).strategy,
             allocation=self.allocation,
+            own_sparsity=tuple(self._overrides(fitting)) if self.allocation == "global" else (),
         )
 
     def _groups(

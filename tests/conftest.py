@@ -13,7 +13,9 @@ import pytest
 # The programs under tools/ are tested too. Last, so that the installed gapfx comes before the one of the checkout.
 sys.path.append(str(Path(__file__).parent.parent))
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads, in this process and in the ranks it starts
+# Read when torch loads, in this process and in the ranks it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The same examples in every run, and no time limit on one: a busy machine is not a defect.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -41,6 +43,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert got == path.read_text()
 
     return check
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Measured times go to a folder of the tests, here and in the processes that tests start."""
+    os.environ["GAPFX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TASK, gapfx
+from tests.runs import ROOT, TASK, gapfx
 
 GOOD = TASK.read_text()
 BROKEN = """
@@ -48,7 +48,8 @@ TASK_MISTAKES = {
 }
 FLAG_MISTAKES = {
     "sparsity above 1": (("--sparsity", 1.2), "sparsity 1.2 is not in [0, 1)"),
-    "unknown method": (("--method", "gapp"), "did you mean 'gap'? known: gap, dense, static, oneshot"),
+    "unknown method": (("--method", "gapp"), "did you mean 'gap'? known: gap, pgap, dense, static, oneshot, acdc, gmp"),
+    "gmp to a fixed pattern": (("--method", "gmp", "--pattern", "2:4"), "which cannot be reached step by step"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),
     "pattern keeps more than all": (("--pattern", "5:4"), "keeps 5 of 4"),
@@ -58,7 +59,13 @@ FLAG_MISTAKES = {
     "batch above the data": (("--batch-size", 1000), "give a --batch-size of at most 512"),
     "batch not divisible": (("--batch-size", 32, "--micro-batch", 5), "is no multiple of micro-batches of 5"),
     "unknown dtype": (("--dtype", "fp8"), "dtype is 'fp8'"),
-    "ZeRO stage": (("--zero", 3), "ZeRO stage 3 is not supported yet"),
+    "ZeRO stage": (("--zero", 4), "there is no ZeRO stage 4"),
+    "bf16 at stage 0": (("--zero", 0, "--dtype", "bf16"), "bf16 at ZeRO stage 0 is not exact"),
+    "no DeepSpeed file": (("--deepspeed", "nowhere.json"), "nowhere.json cannot be read"),
+    "DeepSpeed file says otherwise": (
+        ("--deepspeed", ROOT / "tests" / "tasks" / "deepspeed_stage_2.json"),
+        "the DeepSpeed file says zero_optimization.stage 2, this run 1",
+    ),
     "no rounds": (("--rounds", 0), "rounds is 0, it must be at least 1"),
     "plan without a file": (("--plan", "nowhere.json"), "the plan nowhere.json cannot be read"),
     "run to resume is not there": (("--resume",), "holds no run to continue"),
@@ -155,12 +162,12 @@ def test_a_damaged_checkpoint_falls_back_and_none_left_is_an_error(
     flags = ("--out", run, "--rounds", 1, "--phase-epochs", 0.2, "--finetune-epochs", 0.2)
     assert gapfx("sparsify", TASK, *flags) == 0
     checkpoints = sorted((run / "checkpoints").iterdir())
-    _flip_byte(checkpoints[-1] / "state.safetensors")
+    _flip_byte(checkpoints[-1] / "rank-00000.safetensors")
     capsys.readouterr()
     assert gapfx("sparsify", TASK, *flags, "--resume") == 0
     assert re.search(r"is damaged: .*SHA-256; continuing from step", capsys.readouterr().out.replace("\n", " "))
     for checkpoint in (run / "checkpoints").iterdir():
-        _flip_byte(checkpoint / "state.safetensors")
+        _flip_byte(checkpoint / "rank-00000.safetensors")
     code = gapfx("sparsify", TASK, *flags, "--resume")
     assert_one_message(code, capsys.readouterr().err, "no checkpoint is whole")
 
@@ -169,3 +176,35 @@ def _flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("wrong", ['{"zero_optimization": {"reduce_bucket": 5}}', '{"bf16": true}'])
+def test_a_configuration_that_deepspeed_refuses_is_told_before_anything_is_written(
+    wrong: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(wrong)
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", "--deepspeed", path) == 2
+    assert "error: DeepSpeed refuses the configuration: " in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_with_another_model_or_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, task = tmp_path / "run", tmp_path / "task.py"
+    norm = "self.norm = nn.GroupNorm(2, width)"
+    task.write_text(GOOD)
+    assert gapfx("sparsify", task, "--out", run, "--rounds", 1) == 0
+    again = ("sparsify", task, "--out", run, "--rounds", 1, "--resume")
+    capsys.readouterr()
+    assert gapfx("plan", task, "--rounds", 1, "--json") == 0
+    bare = tmp_path / "bare.json"
+    bare.write_text(capsys.readouterr().out)
+    for same in (run / "plan.json", bare):
+        assert gapfx(*again, "--plan", same) == 0
+    other = tmp_path / "other.json"
+    other.write_text((run / "plan.json").read_text().replace("0.8", "0.5"))
+    capsys.readouterr()
+    assert_one_message(gapfx(*again, "--plan", other), capsys.readouterr().err, "the run has another plan than")
+    for changed in (norm.replace("(2, width)", "(2, width, affine=False)"), f"{norm}; self.extra = nn.PReLU()"):
+        task.write_text(GOOD.replace(norm, changed))
+        assert_one_message(gapfx(*again), capsys.readouterr().err, "the checkpoint is of another model: ")

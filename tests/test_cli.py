@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_the_surface_changes_only_on_purpose(golden: Callable[[str, str], None])
     golden("cli_surface", "\n".join(lines))
 
 
-@pytest.mark.parametrize("command", ["sparsify", "plan", "passes", "report", "doctor"])
+@pytest.mark.parametrize("command", ["sparsify", "plan", "bench", "passes", "report", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert gapfx(command, "--help") == 0
     assert "Usage: gapfx" in capsys.readouterr().out
@@ -48,6 +49,17 @@ def test_a_pipeline_can_be_given_as_text(capsys: pytest.CaptureFixture[str]) -> 
     assert gapfx("plan", TASK, "--json", "--passes", text) == 0
     plan = Plan.from_json(capsys.readouterr().out)
     assert (len(plan.groups), plan.allocation, plan.sparsity) == (2, "erk", 0.5)
+
+
+def test_a_run_is_continued_only_with_the_pipeline_that_it_was_started_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("sparsify", TASK, "--out", tmp_path / "run", *TINY)
+    text = "partition{groups=2},allocate-sparsity{sparsity=0.5},insert-masks"
+    assert gapfx(*run, "--passes", text) == 0
+    assert gapfx(*run, "--resume", "--passes", text.replace("2", "3")) == 2
+    assert f"the run was started with passes '{text}', not 'partition{{groups=3}}" in capsys.readouterr().err
+    assert gapfx(*run, "--resume", "--passes", text) == 0
 
 
 def test_an_edited_plan_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,13 +112,35 @@ def test_a_run_leaves_every_file_and_counts_exactly(tmp_path: Path) -> None:
     assert gapfx("sparsify", TASK, "--out", run, *TINY) == 0
     names = {path.name for path in run.iterdir()}
     files = {"config.json", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "summary.json"}
-    assert names == files | {"report.html"}
+    assert names == files | {"report.html", "task.json"}
     assert [event["event"] for event in events(run, "start") + events(run, "end")] == ["start", "end"]
     facts = summary(run)
     keys = "method sparsity_target sparsity_actual sparsity_model per_weight groups phases metrics seconds"
-    keys += " peak_rss_bytes world_size zero_stage form seed versions"
+    keys += " peak_rss_bytes peak_rss_bytes_by_rank world_size zero_stage form seed versions"
     assert set(facts) == set(keys.split())
     kept = sum(weight["kept"] for weight in facts["per_weight"].values())
     numel = sum(weight["numel"] for weight in facts["per_weight"].values())
     assert facts["sparsity_actual"] == 1 - kept / numel
     assert facts["sparsity_model"] == (numel - kept) / sum(tensor.numel() for tensor in weights(run).values())
+
+
+@pytest.mark.parametrize(("given", "waiting"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_how(
+    given: dict[str, str], waiting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert gapfx("passes") == 0
+    assert os.environ["OMP_WAIT_POLICY"] == waiting
+
+
+def test_a_wrong_word_for_the_kernels_is_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GAPFX_NATIVE", "avx")
+    assert gapfx("passes") == 2
+    told = capsys.readouterr().err
+    assert "GAPFX_NATIVE is 'avx'" in told
+    assert "portable, avx2 or avx512" in told

@@ -198,7 +198,7 @@ def test_a_script_module_as_the_whole_model_is_refused() -> None:
 def test_a_skeleton_of_the_runtime_is_filled_with_leaves_that_train_masked() -> None:
     sparse, x = made()
     values = {fqn: torch.ones_like(parameter) for fqn, parameter in sparse.module.named_parameters()}
-    fresh = module_from(skeleton_of(sparse.module), values, torch.device("cpu"))
+    fresh = module_from(skeleton_of(sparse.module), lambda fqn, parameter: values[fqn], torch.device("cpu"))
     assert all(parameter.is_leaf for parameter in fresh.parameters())
     fresh(x).square().sum().backward()
     assert masked_values(sparse, fresh).count_nonzero() == 0

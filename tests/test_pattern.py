@@ -153,6 +153,7 @@ def test_a_text_names_a_pattern(text: str, pattern: Pattern) -> None:
         ("4:4", "the pattern '4:4' keeps 4 of 4"),
         ("0:4", "N:M needs 0 < N < M"),
         ("2:4:6", "unknown pattern '2'"),
+        ("4x3", "known: unstructured, block, N:M such as 2:4"),
         ("-2:4", "unknown pattern '-2'"),
         ("2 : 4", "unknown pattern '2 '"),
         ("1:" + "9" * 5000, "unknown pattern '1'"),

@@ -130,6 +130,7 @@ HAND_EDITS: list[tuple[Edit, str]] = [
     (put(*FIRST, "shape", "46"), "expected a list, got '46'"),
     (put(*FIRST, "fqn", ["layer0.weight"]), "expected str, got ['layer0.weight']"),
     (put(*FIRST, "fqn", "layer1.weight"), "layer1.weight is twice in the plan, in groups 'front' and 'back'"),
+    (put("own_sparsity", ["head"]), "there is no weight 'head'\n  where: PLAN: own_sparsity"),
     (put(*FIRST, "aliases", ["head.weight"]), "head.weight is twice in the plan, in groups 'front' and 'back'"),
     (put(*FIRST, "aliases", ["layer0.weight"]), "layer0.weight is twice in the plan, in groups 'front' and 'front'"),
     (put("dense", 0, "reason", 1), "expected str, got 1\n  where: PLAN.dense[0].reason"),
@@ -144,6 +145,8 @@ HAND_EDITS: list[tuple[Edit, str]] = [
     ),
     (put("phases", 0, "prune", [0, -1]), "group -1 does not exist"),
     (put("phases", 0, "prune", [False]), "expected int, got False\n  where: PLAN.phases[0].prune[0]"),
+    (put("phases", 0, "depth", 0), "depth 0.0 is not in (0, 1]\n  where: PLAN: phases[0] (one)"),
+    (put("phases", 0, "depth", 1.5), "depth 1.5 is not in (0, 1]"),
     (put("phases", 0, "state", "keep"), "'keep' is not one of reset, carry\n  where: PLAN.phases[0].state"),
     (put("phases", 0, "lr", ["restart"]), "['restart'] is not one of restart, continue\n  where: PLAN.phases[0].lr"),
 ]
@@ -226,6 +229,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 SHAPES = {"layer0.weight": (4, 6), "layer1.weight": (4, 6), "layer2.weight": (4, 6), "head.weight": (4, 6)}
 
 
+def test_a_prune_that_does_not_go_all_the_way_eases_its_groups_until_the_next_one() -> None:
+    groups = tuple(Group(name, (Weight(f"{name}.weight", (10, 10), 0.8),)) for name in ("front", "back"))
+    phases = (
+        Phase("dense", 0, 1, grow=(0, 1)),
+        Phase("half", 1, 2, prune=(0,), depth=0.5),
+        Phase("other", 2, 3, prune=(1,)),
+        Phase("whole", 3, 4, prune=(0,)),
+    )
+    plan = Plan(groups, phases=phases)
+    found = [[weight.sparsity for weight in plan.eased(index).weights()] for index in range(-1, 4)]
+    assert found == [[0.8, 0.8], [0.8, 0.8], [0.4, 0.8], [0.4, 0.8], [0.8, 0.8]]
+    assert plan.eased(3) is plan
+
+
 def test_a_plan_fits_the_model_it_was_made_for() -> None:
     a_plan().check_model({**SHAPES, "other": (1,)})
 
@@ -244,3 +261,11 @@ def test_a_plan_for_another_model_is_refused(change: dict[str, Any], message: st
     with pytest.raises(PlanError) as caught:
         a_plan().check_model(shapes)
     assert message in str(caught.value)
+
+
+def test_a_plan_from_before_kernels_were_chosen_makes_weights_dense() -> None:
+    weight = {"fqn": "a", "shape": [2, 2], "sparsity": 0.5}
+    plan = Plan.from_json(json.dumps({"groups": [{"name": "g", "weights": [weight]}]}))
+    [read] = plan.weights()
+    assert (read.kernel, read.gain, read.positions) == ("expand", 1.0, 0)
+    assert Plan.from_json(plan.to_json()) == plan

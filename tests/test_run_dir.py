@@ -104,6 +104,12 @@ def test_a_run_continues_with_the_settings_that_shape_it(run: RunDir) -> None:
         run.check_resume(dataclasses.replace(was, sparsity=0.9))
 
 
+def test_a_run_is_not_continued_with_other_passes(run: RunDir) -> None:
+    other = dataclasses.replace(run.settings(), passes="partition{groups=2},insert-masks")
+    with pytest.raises(UserError, match=r"started with passes '', not 'partition\{groups=2\},insert-masks'"):
+        run.check_resume(other)
+
+
 def event(kind: str, step: int, **facts: Any) -> dict[str, Any]:
     return {"event": kind, "step": step, **facts}
 
@@ -161,6 +167,13 @@ def test_a_run_continued_twice_from_one_checkpoint_is_cut_after_its_only_line(ru
     write_events(run, [*EVENTS[:5], event("resume", 10), event("step", 20)])
     run.rewind_metrics(10)
     assert run.events() == EVENTS[:5]
+
+
+def test_the_memory_of_each_rank_is_the_most_that_any_process_had(run: RunDir) -> None:
+    assert run.peaks() == []
+    told = [event("checkpoint", 10, peak_rss_bytes_by_rank=peaks) for peaks in ([5, 1], [2, 3, 4], [])]
+    write_events(run, [*EVENTS, *told])
+    assert run.peaks() == [5, 3, 4]
 
 
 def test_rewinding_a_run_without_metrics_gives_none(run: RunDir) -> None:

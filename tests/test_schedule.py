@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gapfx.errors import UserError
+from gapfx.errors import PlanError, UserError
 from gapfx.plan import Group, Phase, Plan, Weight
 from gapfx.schedule import SCHEDULES, Budget, phase_at, with_schedule
 from gapfx.text import format_phases
@@ -42,7 +42,8 @@ def test_phases_tile_the_steps_for_every_method(budget: Budget, num_groups: int,
 
 @given(BUDGETS, st.integers(1, 6))
 def test_one_budget_is_the_same_number_of_steps_for_all_methods(budget: Budget, num_groups: int) -> None:
-    totals = {with_schedule(plan_of(num_groups), method, budget).num_steps for method in SCHEDULES}
+    alone = [method for method in SCHEDULES if method != "pgap"]
+    totals = {with_schedule(plan_of(num_groups), method, budget).num_steps for method in alone}
     assert totals == {budget.rounds * num_groups * budget.phase_steps + budget.finetune_steps}
 
 
@@ -70,6 +71,8 @@ def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order
         ("dense", [(0, 1)], [()]),
         ("static", [()], [()]),
         ("oneshot", [(0, 1), ()], [(0, 1), ()]),
+        ("acdc", [(0, 1), (), ()], [(0, 1), (), ()]),
+        ("gmp", [(0, 1), (), ()], [(0, 1), (0, 1), ()]),
     ],
 )
 def test_each_method_grows_and_prunes_as_it_says(
@@ -81,7 +84,36 @@ def test_each_method_grows_and_prunes_as_it_says(
     assert [phase.prune for phase in plan.phases] == pruned
 
 
-@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot"])
+@given(BUDGETS, st.integers(1, 6))
+def test_acdc_is_all_dense_and_all_sparse_in_turn_under_one_learning_rate(budget: Budget, num_groups: int) -> None:
+    phases = with_schedule(plan_of(num_groups), "acdc", budget).phases
+    everything = tuple(range(num_groups))
+    assert [phase.grow for phase in phases] == [everything if i % 2 == 0 else () for i in range(len(phases) - 1)] + [()]
+    assert all(phase.prune == phase.grow for phase in phases)
+    assert {phase.lr for phase in phases} == {"continue"}
+    assert all(phase.state == (budget.state if phase.grow else "carry") for phase in phases)
+
+
+@given(BUDGETS, st.integers(1, 6))
+def test_gmp_prunes_everything_further_and_further_to_the_target(budget: Budget, num_groups: int) -> None:
+    phases = with_schedule(plan_of(num_groups), "gmp", budget).phases
+    pruning = [phase for phase in phases if phase.prune]
+    assert [phase.grow for phase in phases] == [tuple(range(num_groups)), *[()] * (len(phases) - 1)]
+    shares = [1 - phase.depth for phase in pruning]
+    count = len(pruning)
+    assert shares == pytest.approx([((count - k) / count) ** 3 for k in range(1, count + 1)])
+    assert pruning[-1].depth == 1
+    assert {(phase.lr, phase.state) for phase in phases} == {("continue", "carry")}
+
+
+def test_acdc_ends_sparse() -> None:
+    with pytest.raises(UserError, match="acdc would end with a dense phase"):
+        with_schedule(plan_of(3), "acdc", Budget(1, 5, 0))
+    last = with_schedule(plan_of(3), "acdc", Budget(2, 5, 0)).phases[-1]
+    assert (last.name, last.grow, last.prune) == ("sparse 3", (), ())
+
+
+@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot", "acdc", "gmp"])
 def test_phase_tables_read_like_the_golden_ones(method: str, golden: Callable[[str, str], None]) -> None:
     plan = with_schedule(plan_of(3), method, Budget(rounds=2, phase_steps=500, finetune_steps=1000))
     golden(f"schedule_{method}", format_phases(plan))
@@ -100,6 +132,7 @@ def test_what_the_plan_held_before_stays() -> None:
         ("gap", Budget(1, 0, 1), "--rounds and --phase-epochs must be positive"),
         ("static", Budget(1, 1, -1), "-1 steps of fine-tuning"),
         ("oneshot", Budget(1, 1, 0), "oneshot needs a fine-tune after its prune"),
+        ("gmp", Budget(1, 1, 0), "gmp needs a fine-tune after its last prune"),
         ("gapp", Budget(1, 1, 1), "unknown method 'gapp'\n  to do: did you mean 'gap'?"),
     ],
 )
@@ -120,3 +153,31 @@ def test_a_step_outside_of_the_run_is_in_no_phase(step: int) -> None:
     plan = with_schedule(plan_of(2), "gap", Budget(1, 5, 3))
     with pytest.raises(IndexError, match=r"in no phase of \[0, 13\)"):
         phase_at(plan, step)
+
+
+@given(BUDGETS, st.integers(2, 6), st.integers(0, 6))
+def test_pgap_grows_every_group_once_a_round_one_in_each_replica(
+    budget: Budget, num_groups: int, replicas: int
+) -> None:
+    budget = dataclasses.replace(budget, replicas=replicas)
+    if replicas > num_groups:
+        with pytest.raises(UserError, match=f"{replicas} replicas are more than the {num_groups} groups"):
+            with_schedule(plan_of(num_groups), "pgap", budget)
+        return
+    phases = [phase for phase in with_schedule(plan_of(num_groups), "pgap", budget).phases if phase.grow]
+    for phase in phases:
+        shares = [phase.grown_by(replica) for replica in range(phase.replicas)]
+        assert sorted(group for share in shares for group in share) == list(phase.grow)
+        assert all(len(share) == 1 for share in shares)
+        assert phase.replicas <= (replicas or num_groups)
+    in_rounds = [[g for p in phases if p.round == turn for g in p.grow] for turn in range(budget.rounds)]
+    assert in_rounds == [list(range(num_groups))] * budget.rounds
+
+
+@pytest.mark.parametrize(("grow", "prune", "replicas"), [((0, 1), (0,), 2), ((0,), (0,), 2), ((0, 1), (0, 1), 0)])
+def test_replicas_without_groups_of_their_own_are_refused(
+    grow: tuple[int, ...], prune: tuple[int, ...], replicas: int
+) -> None:
+    plan = dataclasses.replace(plan_of(3), phases=(Phase("p", 0, 5, grow, prune, replicas=replicas),))
+    with pytest.raises(PlanError, match="replicas cannot grow"):
+        plan.validate()

@@ -94,6 +94,12 @@ def test_a_plan_without_dense_weights_says_so() -> None:
     assert text.endswith("no other parameter of two or more dimensions stays dense\n")
 
 
+def test_a_plan_with_one_threshold_a_group_says_over_which_weights() -> None:
+    assert "threshold" not in format_plan(plan())
+    shared = format_plan(dataclasses.replace(plan(), allocation="global"))
+    assert "\neach prune has one threshold a group, over " in shared
+
+
 def test_a_gap_run_prints_its_phases(golden: Golden) -> None:
     golden("text_phases_gap", format_phases(with_schedule(plan(), "gap", Budget(2, 1000, 3000))))
 

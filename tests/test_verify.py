@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gapfx.errors import UserError
 from gapfx.masks import bits_of, count_kept
 from gapfx.sparse import Compiled, CompileOptions, compile_model
+from tests.kernels.needs import excuse
 
 
 def compiled(model: nn.Module, first: Tensor, second: Tensor) -> Compiled:
@@ -73,6 +74,18 @@ def test_a_constant_in_a_trace_demotes_its_owner_to_reads() -> None:
     reason = "its masked forward differed, in form forward, from its forward on zeroed weights"
     assert made.plan.owners[1].reason == reason
     assert made.notes == (f"1: masked in form read, since {reason}",)
+
+
+@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+def test_the_kernel_of_a_demoted_owner_is_no_longer_chosen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Drawing(4, 4))
+    options = CompileOptions(0.5, groups=1, form="compact", kernels="sparse", calibrate=False)
+    torch.manual_seed(0)
+    made = compile_model(model, lambda m: m(torch.ones(2, 4)), options, check=lambda m: m(torch.ones(3, 4)))
+    wanted = {"0.weight": "sparse", "1.weight": "expand"}
+    assert {weight.fqn: weight.kernel for weight in made.plan.weights()} == wanted
+    assert {fqn: choice.kernel for fqn, choice in made.choices.by_weight.items()} == wanted
+    assert made.choices.by_weight["1.weight"].reason
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 4), Hidden(4, 4)), Reader()], ids=["own", "child's"])

@@ -49,6 +49,7 @@ def test_the_sample_has_every_library() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # twenty models and more, on a machine that may be slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_sample_of_a_library_passes_every_check(library: str, tmp_path: Path) -> None:
     rows = sweep(library, tmp_path / "zoo.jsonl", "--sample")

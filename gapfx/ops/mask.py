@@ -35,4 +35,11 @@ def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return mask(gradient, bits), None
 
 
+def _mask_in_transform(weight: Tensor, bits: Tensor) -> Tensor:
+    """By ops that `torch.func` knows: inside of its transforms a custom op has neither a gradient nor a batch."""
+    return torch.where(unpack(bits, weight.shape), weight, 0)
+
+
 mask.register_autograd(_mask_gradient, setup_context=_keep_bits)
+_LIBRARY = torch.library.Library("gapfx", "FRAGMENT")
+_LIBRARY.impl("mask", _mask_in_transform, "FuncTorchDynamicLayerFrontMode")

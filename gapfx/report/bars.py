@@ -13,6 +13,7 @@ from gapfx.report.markup import Markup, breakable, percent, tag
 from gapfx.report.scale import Scale
 
 MAX_ROWS = 32
+NO_TARGET = "each prune shares out a group's total between its weights"
 TITLE = "Sparsity of each weight"
 
 
@@ -31,7 +32,9 @@ def largest_miss(states: Sequence[WeightState]) -> str:
         if state.sparsity is not None and state.target is not None and not state.is_grown
     ]
     if not misses:
-        return "not counted yet" if any(state.sparsity is None for state in states) else ""
+        if any(state.sparsity is None for state in states):
+            return "not counted yet"
+        return "" if any(state.is_grown for state in states) else NO_TARGET
     miss, fqn = max(misses)
     if miss < 0.0005:
         return "every weight is within 0.05 points of its target"
@@ -72,6 +75,10 @@ def _row(state: WeightState, hue: float) -> Markup:
     return tag("div", tag("span", breakable(state.fqn), class_="fqn"), bar, value, class_="bar-row")
 
 
+def _target_words(state: WeightState) -> str:
+    return "" if state.target is None else f", target {format_share(state.target)}"
+
+
 def _columns(states: Sequence[WeightState], group_names: tuple[str, ...]) -> Markup:
     bands: list[Band] = []
     start = 0
@@ -97,7 +104,7 @@ def _columns(states: Sequence[WeightState], group_names: tuple[str, ...]) -> Mar
 
 def _column(state: WeightState, index: int, frame: Frame, hue: float) -> Markup:
     start, width = frame.x.at(index), frame.x.at(1)
-    words = f"{state.fqn}: {format_share(state.sparsity)}, target {format_share(state.target)}"
+    words = f"{state.fqn}: {format_share(state.sparsity)}{_target_words(state)}"
     parts = [tag("title", words)]
     if state.sparsity is not None:
         height = frame.height * state.sparsity

@@ -53,7 +53,12 @@ class WeightState:
 
 
 def weight_states(run: Run) -> tuple[WeightState, ...]:
-    """Every planned weight in the plan's order: from the summary, else from the prunes so far."""
+    """Every planned weight in the plan's order: from the summary, else from the prunes so far.
+
+    A weight that is pruned under one threshold with others has no target of its own.
+    """
+    pools = [pool for group in run.plan.groups for pool in run.plan.pools(group)] if run.plan else []
+    has_target = {weight.fqn: len(pool) == 1 for pool in pools for weight in pool}
     counted = {fqn: record(facts) for fqn, facts in record((run.summary or {}).get("per_weight")).items()}
     kept, grown = _kept_so_far(run), _grown_now(run)
     if run.plan is None:
@@ -68,7 +73,7 @@ def weight_states(run: Run) -> tuple[WeightState, ...]:
             weight.numel,
             _int(counted.get(weight.fqn, {}), "kept") if run.is_finished else kept.get(weight.fqn),
             weight.shape,
-            weight.sparsity,
+            weight.sparsity if has_target[weight.fqn] else None,
             group.name in grown,
         )
         for group in run.plan.groups

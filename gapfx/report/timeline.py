@@ -76,10 +76,11 @@ def live_share(run: Run, span: Span) -> float | None:
     """Share of planned weights that live in the phase, by the plan: grown groups whole, others at their target."""
     if run.plan is None:
         return None
-    total = sum(group.numel for group in run.plan.groups)
+    groups = run.plan.eased(run.spans.index(span) - 1).groups
+    total = sum(group.numel for group in groups)
     live = sum(
         weight.numel * (1.0 if group.name in span.grow else 1 - weight.sparsity)
-        for group in run.plan.groups
+        for group in groups
         for weight in group.weights
     )
     return live / total if total else None

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from gapfx.errors import UserError
-from gapfx.runtime.shards import OptimizerState, read_optimizer, read_weights, write_optimizer, write_weights
+from gapfx.ops.recompute import without_dense
+from gapfx.runtime.deepspeed_config import deepspeed_config, for_fewer_ranks, own_config
+from gapfx.runtime.memory import release_free_memory
+from gapfx.runtime.rendezvous import init_method
+from gapfx.runtime.shards import EvenShards, FlatShards, Shards, WholeShards
+from gapfx.runtime.teams import Team, all_in_one_team
 
 Dtype = Literal["fp32", "bf16"]
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 LossFunction = Callable[[nn.Module, Any], Tensor]
-# Bucket sizes in elements. DeepSpeed's default of 5e8 is a buffer of gigabytes even for a toy model.
-BUCKET_SIZE = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class EngineOptions:
     """How a step is made: samples a rank takes at once, how many such micro-batches a step has, and on what.
 
     A global batch is `micro_batch * accumulation * world_size` samples. `clip` is the largest global gradient norm,
-    0 for none.
+    0 for none. `is_live`: weights are held by their live values, and no dense one is kept for the backward. `deepspeed`
+    is what the user adds to DeepSpeed's configuration.
     """
 
     micro_batch: int
@@ -37,28 +41,34 @@ class EngineOptions:
     clip: float = 1.0
     dtype: Dtype = "fp32"
     zero_stage: int = 1
+    is_live: bool = False
+    deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def deepspeed(self, world_size: int) -> dict[str, Any]:
-        """The DeepSpeed configuration of reference settings that hold at every stage."""
-        return {
-            "train_batch_size": self.micro_batch * self.accumulation * world_size,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self.clip,
-            "steps_per_print": 10**9,
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": self.dtype == "bf16"},
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "reduce_bucket_size": BUCKET_SIZE,
-                "allgather_bucket_size": BUCKET_SIZE,
-            },
-        }
+    def among(self, size: int, ranks: int) -> EngineOptions:
+        """The same global batch on `size` ranks where these options are for `ranks`."""
+        if size == ranks:
+            return self
+        return replace(self, accumulation=self.accumulation * ranks // size, deepspeed=for_fewer_ranks(self.deepspeed))
+
+    def config(self, world_size: int) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        own = own_config(
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            world_size=world_size,
+            clip=self.clip,
+            dtype=self.dtype,
+            stage=self.zero_stage,
+        )
+        return deepspeed_config(own, self.deepspeed)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of this rank's micro-batches, and the global gradient norm before clipping."""
+    """Mean loss of this rank's micro-batches, and the global gradient norm before clipping.
+
+    The norm is infinite where a gradient is not a finite number, NaN where DeepSpeed was told not to compute it.
+    """
 
     loss: float
     grad_norm: float
@@ -95,7 +105,22 @@ def _join_process_group() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     # This op is compiled at init, serves inference alone, and a build that dies leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, init_method=init_method())
+
+
+def check_config(options: EngineOptions, world_size: int) -> None:
+    """Raise UserError for a configuration that DeepSpeed will refuse; a process group must be joined."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = options.config(world_size)
+    try:
+        DeepSpeedConfig(config)
+    except Exception as error:
+        if not options.deepspeed:
+            raise
+        raise UserError(
+            f"DeepSpeed refuses the configuration: {error}", where="--deepspeed", fix="mend the file"
+        ) from error
 
 
 def local_device() -> torch.device:
@@ -106,85 +131,158 @@ def local_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-class Engine:
-    """One phase's engine. `module` is the module that it trains; use `close` before the next one is opened."""
+def place(options: EngineOptions, team: Team) -> Callable[[nn.Parameter], None]:
+    """What is done to each parameter of a module for an engine as soon as it is made: stage 3 keeps a rank's part."""
+    if options.zero_stage < 3:
+        return lambda parameter: None
+    import deepspeed
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerFactory, options: EngineOptions) -> None:
+    config, group = options.config(team.peers.size), team.peers.group
+    init: Any = deepspeed.zero.Init(
+        data_parallel_group=group, config_dict_or_path=config, dtype=compute_dtype(options), mpu=team.mpu
+    )
+    return init._zero_init_param
+
+
+def compute_dtype(options: EngineOptions) -> torch.dtype:
+    """Of the weights in the forward."""
+    return torch.bfloat16 if options.dtype == "bf16" else torch.float32
+
+
+class Engine:
+    """One phase's engine. `module` is the module that it trains; use `close` before the next one is opened.
+
+    `trained` are the parameters that the optimizer was given, by FQN, and `group_of` their parameter groups; `shards`
+    says where their fp32 weights are.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerFactory, options: EngineOptions, team: Team | None = None
+    ) -> None:
         import deepspeed
 
-        is_rounded = options.dtype != "fp32"
-        exact = {fqn: p.detach().clone() for fqn, p in module.named_parameters()} if is_rounded else {}
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        made = cast(object, optimizer(trainable))
+        made = cast(object, optimizer([p for p in module.parameters() if p.requires_grad]))
         if not isinstance(made, torch.optim.Optimizer):
             raise UserError(f"optimizer(params) returned a {type(made).__name__}", fix="return a torch.optim.Optimizer")
-        world_size = torch.distributed.get_world_size()
+        given = {id(p): index for index, group in enumerate(made.param_groups) for p in group["params"]}
+        self.trained = {fqn: p for fqn, p in module.named_parameters() if p.requires_grad and id(p) in given}
+        self.group_of = {fqn: given[id(parameter)] for fqn, parameter in self.trained.items()}
+        team = team or all_in_one_team()
+        config = options.config(team.peers.size)
         self._deepspeed: Any = deepspeed.initialize(
-            model=module, optimizer=made, config=options.deepspeed(world_size), dist_init_required=False
+            model=module, optimizer=made, config=config, mpu=team.mpu, dist_init_required=False
         )[0]
         self.module = module
         self.options = options
-        self._zero: Any = self._deepspeed.optimizer
-        self._base_lrs = [float(group["lr"]) for group in self._zero.param_groups]
-        if is_rounded:
-            write_weights(module, exact)
+        zero = self._deepspeed.optimizer
+        self.optimizer: Any = getattr(zero, "optimizer", zero)
+        self.shards: Shards = _shards(zero, options.zero_stage, team.peers.rank)
+        self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def train_step(self, batches: Iterable[Any], loss: LossFunction, lr_factor: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
-        for group, base in zip(self._zero.param_groups, self._base_lrs, strict=True):
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base * lr_factor
-        losses = [self._accumulate(loss(self._deepspeed, batch)) for batch in batches]
-        norm = self._deepspeed.get_global_grad_norm()
-        return StepResult(float(torch.stack(losses).mean()), float(norm) if norm is not None else float("nan"))
+        losses: list[Tensor] = []
+        norm: Any = None
+        for batch in batches:
+            losses.append(self._backward(self._forward(batch, loss)))
+            if self.shards.is_whole and self._deepspeed.is_gradient_accumulation_boundary():
+                norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+            self._deepspeed.step()
+        norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
+        return StepResult(float(torch.stack(losses).mean()), math.nan if norm is None else _finite_or_infinite(norm))
 
-    def _accumulate(self, value: object) -> Tensor:
+    def _forward(self, batch: Any, loss: LossFunction) -> object:
+        with without_dense() if self.options.is_live else nullcontext():
+            return loss(self._deepspeed, batch)
+
+    def _backward(self, value: object) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
                 f"loss(model, batch) returned {got}", fix="return the mean loss as one number with a gradient"
             )
         self._deepspeed.backward(value)
-        self._deepspeed.step()
         return value.detach().float().flatten()
 
     def lr(self, lr_factor: float) -> float:
         """Learning rate of the first parameter group at this factor."""
         return self._base_lrs[0] * lr_factor
 
-    def weights(self) -> dict[str, Tensor]:
-        """FQN -> whole fp32 parameter (collective)."""
-        return read_weights(self.module, self._group)
+    def drop_gradients(self) -> None:
+        """Free what only another step would need."""
+        for parameter in self.trained.values():
+            parameter.grad = None
 
-    def optimizer_state(self) -> OptimizerState:
-        """The whole optimizer state (collective)."""
-        return read_optimizer(self.module, self._zero, self._group)
-
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Continue from `state` instead of empty moments."""
-        write_optimizer(self.module, self._zero, state)
+    def drop_moment(self, key: str) -> None:
+        """Free one kind of optimizer state."""
+        for state in self.optimizer.state.values():
+            state.pop(key, None)
 
     def close(self) -> None:
-        """Free the engine. `destroy` alone leaves root hooks and reference cycles that keep every engine alive."""
-        engine, zero = self._deepspeed, self._zero
-        inner = zero.optimizer
-        engine.destroy()
-        for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
-            handle = getattr(engine, hook, None)
-            if handle is not None:
-                handle.remove()
-        for parameter in self.module.parameters():
-            parameter.grad = None
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
-            vars(parameter).clear()
-        for part in (zero, engine):
-            vars(part).clear()
-        inner.state.clear()
-        inner.param_groups.clear()
-        gc.collect()
+        """Free the engine."""
+        _dismantle(self._deepspeed, self.module, self.optimizer)
+        self.trained.clear()
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        release_free_memory()
 
-    @property
-    def _group(self) -> Any:
-        return self._deepspeed.seq_data_parallel_group
+
+def _finite_or_infinite(norm: Any) -> float:
+    """DeepSpeed tells -1 where the norm is no finite number."""
+    value = float(norm)
+    return value if 0 <= value < math.inf else math.inf
+
+
+@contextmanager
+def for_evaluation(module: nn.Module, options: EngineOptions) -> Generator[nn.Module]:
+    """The module, ready for forwards alone: at stage 3 each rank gathers what a layer needs, while it does."""
+    if options.zero_stage < 3:
+        yield module
+        return
+    import deepspeed
+
+    config = options.config(all_in_one_team().peers.size)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine: Any = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+    try:
+        yield module
+    finally:
+        _dismantle(engine, module, None)
+
+
+def _dismantle(engine: Any, module: nn.Module, optimizer: Any) -> None:
+    """Free an engine. `destroy` alone leaves root hooks and reference cycles that keep every engine alive."""
+    import deepspeed.utils.groups
+
+    deepspeed.utils.groups.mpu = None  # it would be asked by the next engine, which may be another team's
+    zero = engine.optimizer
+    offload = getattr(zero, "parameter_offload", None)
+    engine.destroy()
+    hooks = [getattr(engine, name, None) for name in ("module_forward_pre_hook", "module_forward_post_hook")]
+    for hook in (*hooks, getattr(offload, "fwd_pre_hook", None), getattr(zero, "fwd_pre_hook", None)):
+        if hook is not None:
+            hook.remove()
+    for parameter in module.parameters():
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        vars(parameter).clear()
+    coordinator = getattr(offload or zero, "param_coordinator", None)
+    for part in (coordinator, offload, zero, engine):
+        if part is not None and part is not optimizer:
+            vars(part).clear()
+    eager = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    for part in eager:
+        # Stage 3 hangs closures on modules that nothing else lets go of; with them the parameters would stay.
+        for held in ("_parameters", "_buffers"):
+            vars(part)[held].clear()
+
+
+def _shards(zero: Any, stage: int, rank: int) -> Shards:
+    if stage == 0:
+        return WholeShards(zero)
+    return FlatShards(zero) if stage < 3 else EvenShards(zero, rank)
 
 
 def buffers_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,11 @@ class Feed:
     def global_batch(self) -> int:
         """Samples of one optimizer step over all ranks."""
         return self.micro_batch * self.accumulation * self.world_size
+
+    def among(self, rank: int, size: int) -> Feed:
+        """The same global batches for `size` ranks: each takes more micro-batches a step where that are fewer."""
+        accumulation = self.accumulation * self.world_size // size
+        return dataclasses.replace(self, accumulation=accumulation, world_size=size, rank=rank)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -178,14 +184,17 @@ class _StreamLoader:
 
 @dataclass(frozen=True)
 class DeviceLoader:
-    """The batches of `loader`, moved for the model: see `to_model`."""
+    """The batches of `loader`, moved for the model: see `to_model`. `before_batch` is called before each."""
 
     loader: Iterable[Any]
     device: torch.device
     dtype: torch.dtype | None = None
+    before_batch: Callable[[], object] = lambda: None
 
     def __iter__(self) -> Iterator[Any]:
-        return (to_model(batch, self.device, self.dtype) for batch in blaming_data(self.loader))
+        for batch in blaming_data(self.loader):
+            self.before_batch()
+            yield to_model(batch, self.device, self.dtype)
 
     def __len__(self) -> int:
         return len(self.loader)  # pyright: ignore[reportArgumentType]

@@ -1,48 +1,35 @@
 """What happens between phases: masks at the start, growing a group, pruning it back.
 
-All functions work on whole weights that are equal on every rank, with generators seeded alike, so that every rank
-computes the same masks; `check_ranks_agree` proves it.
+Every rank works on its own slice of each weight. Thresholds are exact over all of them and ties go to the lowest flat
+index, so that masks do not depend on the number of ranks; `check_ranks_agree` proves that they are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gapfx.criterion import CRITERIA
-from gapfx.errors import AuditError, DivergedError
-from gapfx.masks import count_kept, digest, pack, unpack
-from gapfx.pattern import parse_pattern
+from gapfx.criterion import CRITERIA, is_elementwise, is_ordinal
+from gapfx.errors import AuditError, DivergedError, UserError
+from gapfx.masks import count_kept, digest, pack
+from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Plan, Weight
+from gapfx.runtime.ranks import Peers
 from gapfx.runtime.seeds import generator
-from gapfx.runtime.shards import OptimizerState
-
-
-@dataclass
-class TrainState:
-    """All that outlives an engine.
-
-    weights: FQN -> whole fp32 parameter. buffers: FQN -> buffer. bits: FQN -> packed mask in force. sparse_bits: the
-    mask each weight had when it was last sparse. explored: bits of weights that were live in any phase so far.
-    `step` counts optimizer steps done.
-    """
-
-    weights: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    sparse_bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    explored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    optimizer: OptimizerState = field(default_factory=OptimizerState)
-    step: int = 0
+from gapfx.runtime.select import top_of_all, top_of_slices
+from gapfx.runtime.state import BYTE, Spread, TrainState, bytes_of, dense_slice, joined_bits, live_slice, whole
 
 
 @dataclass(frozen=True)
 class PrunedWeight:
     """One prune of one weight.
 
+    `target` is the sparsity in the plan, which a weight that was pruned together with others need not have.
     `changed_bits` counts mask bits that differ from the mask before it grew; `delta2` is the relative error
     |w - w*m|^2 / |w|^2 of the prune (the delta^2 of the paper's theorem).
     """
@@ -54,91 +41,213 @@ class PrunedWeight:
     delta2: float
 
 
-def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
-    """Mask planned weights at their target sparsity by `plan.start_masks`; masked weights become 0.
+def layout_of(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, Spread]:
+    """How each parameter is cut over ranks: planned weights only where their pattern allows."""
+    patterns = {weight.fqn: parse_pattern(weight.pattern) for weight in plan.weights()}
+    layout: dict[str, Spread] = {}
+    for fqn, shape in shapes.items():
+        pattern = patterns.get(fqn)
+        granule = pattern.granule(shape) if isinstance(pattern, SlicedPattern) else 1
+        layout[fqn] = Spread(shape, math.lcm(BYTE, granule))
+    return layout
 
-    Groups that the first phase grows start dense, as they were initialised: a mask would have zeroed them.
+
+def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
+    """Mask planned weights, held dense, at their target sparsity by `plan.start_masks` (collective).
+
+    Groups that the first phase grows start dense, as they were initialised: a mask would have zeroed them. Where
+    replicas grow them, all start from the same sparse model (section 3.2 of the paper).
+
+    Raises UserError for a criterion that cannot make the plan's prunes.
     """
-    is_dense = set(plan.phases[0].grow if plan.phases else ())
+    check_prunes(plan)
+    is_dense = set(plan.phases[0].grow if plan.phases and plan.phases[0].replicas == 1 else ())
     group_of = plan.group_of()
     for index, weight in enumerate(plan.weights()):
-        if group_of[weight.fqn] in is_dense:
-            mask = torch.ones(weight.shape, dtype=torch.bool)
+        fqn = weight.fqn
+        state.bits[fqn] = _ones(weight.numel)
+        if group_of[fqn] in is_dense:
+            state.sparse_bits[fqn] = _own_ones(state, fqn)
         else:
-            mask = _new_mask(state, weight, plan.start_masks, generator(seed, 0, index))
-        _set_mask(state, weight, mask)
-        state.explored[weight.fqn] = state.bits[weight.fqn].clone()
+            _set_mask(state, fqn, _new_mask(state, weight, plan.start_masks, generator(seed, 0, index)))
+        state.explored[fqn] = state.sparse_bits[fqn].clone()
 
 
 def grow(state: TrainState, plan: Plan, groups: Iterable[int]) -> None:
     """Make the groups dense. Their masked weights are already 0 and start to train from there."""
     for group in groups:
         for weight in plan.groups[group].weights:
-            state.bits[weight.fqn] = pack(torch.ones(weight.shape, dtype=torch.bool))
-            state.explored[weight.fqn] = state.bits[weight.fqn].clone()
+            fqn = weight.fqn
+            for table in state.tables(fqn):
+                table[fqn] = dense_slice(state, table, fqn)
+            state.bits[fqn] = _ones(weight.numel)
+            state.explored[fqn] = _own_ones(state, fqn)
 
 
 def prune(state: TrainState, plan: Plan, groups: Iterable[int], seed: int) -> dict[str, PrunedWeight]:
-    """Prune the groups to their target by `plan.criterion`: weights and optimizer moments outside the mask become 0."""
+    """Prune the groups to their target by `plan.criterion`; what is not kept is gone, moments too (collective)."""
     order = {weight.fqn: index for index, weight in enumerate(plan.weights())}
-    result: dict[str, PrunedWeight] = {}
-    for group in groups:
-        for weight in plan.groups[group].weights:
-            draw = generator(seed, state.step, order[weight.fqn])
-            before, value = state.sparse_bits[weight.fqn], state.weights[weight.fqn]
-            mask = _new_mask(state, weight, plan.criterion, draw)
-            delta2 = float(value[~mask].square().sum() / value.square().sum().clamp_min(torch.finfo(value.dtype).tiny))
-            _set_mask(state, weight, mask)
-            state.explored[weight.fqn] = state.explored[weight.fqn] | state.bits[weight.fqn]
-            changed = count_kept(before ^ state.bits[weight.fqn])
-            result[weight.fqn] = PrunedWeight(weight.numel, int(mask.sum()), weight.sparsity, changed, delta2)
-    return result
+
+    def draw(fqn: str) -> torch.Generator:
+        return generator(seed, state.step, order[fqn])
+
+    pruned: dict[str, PrunedWeight] = {}
+    for pool in (pool for group in groups for pool in plan.pools(plan.groups[group])):
+        for weight, mask in zip(pool, _pool_masks(state, pool, plan.criterion, draw), strict=True):
+            pruned[weight.fqn] = _prune(state, weight, mask)
+    return pruned
+
+
+def _prune(state: TrainState, weight: Weight, mask: Tensor) -> PrunedWeight:
+    fqn = weight.fqn
+    before, value = state.sparse_bits[fqn], dense_slice(state, state.weights, fqn)
+    lost, had = state.peers.total(torch.stack([value[~mask].square().sum(), value.square().sum()]))
+    _set_mask(state, fqn, mask)
+    own = state.sparse_bits[fqn]
+    state.explored[fqn] = state.explored[fqn] | own
+    changed, kept = state.peers.total(torch.tensor([count_kept(before ^ own), count_kept(own)])).tolist()
+    delta2 = float(lost / had.clamp_min(torch.finfo(value.dtype).tiny))
+    return PrunedWeight(weight.numel, kept, weight.sparsity, changed, delta2)
 
 
 def sparsity_now(state: TrainState) -> float:
     """Share of zeros over all planned weights, by the masks in force."""
-    numel = sum(state.weights[fqn].numel() for fqn in state.bits)
+    numel = sum(state.layout[fqn].numel for fqn in state.bits)
     return 1 - sum(count_kept(bits) for bits in state.bits.values()) / numel if numel else 0.0
 
 
 def explored_share(state: TrainState) -> float:
-    """Share of planned weights that were live in any phase so far."""
-    numel = sum(state.weights[fqn].numel() for fqn in state.explored)
-    return sum(count_kept(bits) for bits in state.explored.values()) / numel if numel else 1.0
-
-
-def check_zeros(state: TrainState) -> None:
-    """Raise AuditError unless every masked weight is exactly 0."""
-    for fqn, bits in state.bits.items():
-        weight = state.weights[fqn]
-        alive = int(weight[~unpack(bits, weight.shape)].count_nonzero())
-        if alive:
-            raise AuditError(f"{alive} pruned weights of {fqn} are not zero at step {state.step}")
+    """Share of planned weights that were live in any phase so far (collective)."""
+    numel = sum(state.layout[fqn].numel for fqn in state.explored)
+    own = sum(count_kept(bits) for bits in state.explored.values())
+    return int(state.peers.total(torch.tensor(own))) / numel if numel else 1.0
 
 
 def check_ranks_agree(state: TrainState) -> None:
-    """Raise AuditError that names the ranks whose masks differ from rank 0's (collective)."""
-    mine = digest(state.bits)
-    every: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, mine)
-    wrong = [rank for rank, other in enumerate(every) if other != every[0]]
-    if wrong:
-        raise AuditError(f"masks of ranks {wrong} differ from those of rank 0 at step {state.step}")
+    """Raise AuditError that names the weights and the ranks whose masks differ from those of most (collective)."""
+    every = state.peers.tell(digest(state.bits))
+    if len(set(every)) == 1:
+        return
+    each = state.peers.tell({fqn: digest({fqn: bits}) for fqn, bits in state.bits.items()})
+    for fqn in state.bits:
+        found = [digests[fqn] for digests in each]
+        usual = max(found, key=found.count)
+        wrong = [rank for rank, other in enumerate(found) if other != usual]
+        if wrong:
+            raise AuditError(f"masks of {fqn} on ranks {wrong} differ from those of the others at step {state.step}")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found at a phase boundary: sparsity by the masks and by the plan, and the hash of all masks."""
+
+    sparsity: float
+    target: float
+    masks: str
+
+
+def audit(state: TrainState, plan: Plan) -> Audit:
+    """Compare masks over ranks, and each with its target; a weight that has grown is all live (collective).
+
+    Weights that are pruned together have a target together.
+    Raises AuditError that names the weights.
+    """
+    check_ranks_agree(state)
+    kept, wanted, numel, problems = 0, 0, 0, list[str]()
+    for pool in (pool for group in plan.groups for pool in plan.pools(group)):
+        actual, target = sum(count_kept(state.bits[weight.fqn]) for weight in pool), _num_planned(pool)
+        dense = sum(weight.numel for weight in pool)
+        if actual not in (target, dense):
+            which, whose = ("mask of {} keeps", "its") if len(pool) == 1 else ("masks of {} together keep", "their")
+            names = ", ".join(weight.fqn for weight in pool)
+            problems.append(f"the {which.format(names)} {actual} weights, {whose} target is {target}")
+        kept, numel = kept + actual, numel + dense
+        wanted += dense if actual == dense else target
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise AuditError(f"{problems[0]} on all ranks at step {state.step}{more}")
+    sparsity, target = ((1 - live / numel if numel else 0.0) for live in (kept, wanted))
+    return Audit(sparsity, target, digest(state.bits))
+
+
+def check_prunes(plan: Plan) -> None:
+    """Raise UserError for prunes that a pattern or the criterion cannot make."""
+    for weight in plan.weights():
+        if parse_pattern(weight.pattern).fixed_sparsity is not None and any(phase.depth < 1 for phase in plan.phases):
+            raise UserError(
+                f"{weight.fqn} has the pattern {weight.pattern}, which cannot be reached step by step",
+                fix="take another --method, or --pattern unstructured",
+            )
+    pruned = {group for phase in plan.phases for group in phase.prune}
+    is_shared = any(len(pool) > 1 for group in pruned for pool in plan.pools(plan.groups[group]))
+    if is_shared and is_ordinal(CRITERIA[plan.criterion]):
+        raise UserError(
+            f"one threshold for a group cannot compare weights by the criterion {plan.criterion!r}",
+            fix="take --criterion magnitude, or --allocation uniform or erk",
+        )
+
+
+def _num_planned(pool: Iterable[Weight]) -> int:
+    return sum(parse_pattern(weight.pattern).num_kept(weight.shape, weight.sparsity) for weight in pool)
+
+
+def _pool_masks(
+    state: TrainState, pool: Sequence[Weight], criterion: str, draw: Callable[[str], torch.Generator]
+) -> Iterator[Tensor]:
+    """Flat mask of this rank's slice of each weight in turn (collective, also between them)."""
+    if len(pool) == 1:
+        yield _new_mask(state, pool[0], criterion, draw(pool[0].fqn))
+        return
+
+    def score(fqn: str) -> Tensor:
+        return _slice_score(state, fqn, criterion, draw(fqn))
+
+    for weight in pool:
+        _check_scores(score(weight.fqn), weight.fqn, state, state.peers)
+    yield from top_of_all([partial(score, weight.fqn) for weight in pool], _num_planned(pool), state.peers)
+
+
+def _slice_score(state: TrainState, fqn: str, criterion: str, draw: torch.Generator) -> Tensor:
+    """Flat scores of this rank's slice."""
+    score_of, (start, stop) = CRITERIA[criterion], state.bounds(fqn)
+    if is_elementwise(score_of):
+        return score_of(dense_slice(state, state.weights, fqn), draw)
+    return score_of(whole(state, state.weights, fqn), draw).flatten()[start:stop]
 
 
 def _new_mask(state: TrainState, weight: Weight, criterion: str, draw: torch.Generator) -> Tensor:
-    score = CRITERIA[criterion](state.weights[weight.fqn], draw)
-    num_nan = int(score.isnan().sum())
+    """Flat mask of this rank's slice."""
+    score_of, pattern = CRITERIA[criterion], parse_pattern(weight.pattern)
+    start, stop = state.bounds(weight.fqn)
+    if is_elementwise(score_of) and isinstance(pattern, SlicedPattern):
+        score = score_of(dense_slice(state, state.weights, weight.fqn), draw)
+        _check_scores(score, weight.fqn, state, state.peers)
+        top = partial(top_of_slices, peers=state.peers)
+        return pattern.mask_slice(score, weight.shape, weight.sparsity, top)
+    score = score_of(whole(state, state.weights, weight.fqn), draw)
+    _check_scores(score, weight.fqn, state, Peers())
+    return pattern.mask(score, weight.sparsity).flatten()[start:stop]
+
+
+def _check_scores(score: Tensor, fqn: str, state: TrainState, peers: Peers) -> None:
+    num_nan = int(peers.total(score.isnan().sum()))
     if num_nan:
         raise DivergedError(
-            f"{num_nan} of {score.numel()} scores of {weight.fqn} are NaN at step {state.step}",
+            f"{num_nan} of {state.layout[fqn].numel} scores of {fqn} are NaN at step {state.step}",
             fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
         )
-    return parse_pattern(weight.pattern).mask(score, weight.sparsity)
 
 
-def _set_mask(state: TrainState, weight: Weight, mask: Tensor) -> None:
-    state.bits[weight.fqn] = state.sparse_bits[weight.fqn] = pack(mask)
-    state.weights[weight.fqn].masked_fill_(~mask, 0)
-    for moments in state.optimizer.moments.values():
-        moments[weight.fqn].masked_fill_(~mask, 0)
+def _set_mask(state: TrainState, fqn: str, mask: Tensor) -> None:
+    own = pack(mask)
+    for table in state.tables(fqn):
+        table[fqn] = live_slice(dense_slice(state, table, fqn), own)
+    state.sparse_bits[fqn], state.bits[fqn] = own, joined_bits(state, fqn, own)
+
+
+def _ones(numel: int) -> Tensor:
+    return pack(torch.ones(numel, dtype=torch.bool))
+
+
+def _own_ones(state: TrainState, fqn: str) -> Tensor:
+    return bytes_of(_ones(state.layout[fqn].numel), *state.bounds(fqn)).clone()

@@ -59,7 +59,8 @@ def single_process_environment() -> None:
 
 def run_local_ranks(argv: Sequence[str], nproc: int) -> int:
     """Run `gapfx ARGV` as `nproc` ranks on this machine and return the exit code of the run, as `run_ranks` does."""
-    has_working_folder = any(entry in ("", os.getcwd()) for entry in sys.path[:1])
+    # The whole path, as the folder of the task file may stand before it.
+    has_working_folder = any(entry in ("", os.getcwd()) for entry in sys.path)
     # `-m` would put the working folder first on the path, where the console script does not have it.
     safe_path = [] if has_working_folder else ["-P"]
     return run_ranks([sys.executable, *safe_path, "-m", "gapfx", *argv], nproc)
@@ -70,8 +71,9 @@ def run_ranks(command: Sequence[str], nproc: int, *, grace_seconds: float = _GRA
 
     0 when every rank ended with 0, else the code of the first that failed; 1 for a rank killed by a signal; 130 for
     ranks that stopped because this process got SIGINT or SIGTERM, which is passed on once (a second one kills). When a
-    rank fails the others get SIGTERM, and SIGKILL after `grace_seconds`. The output of rank 0 is shown as it is, the
-    standard error of the others with their rank in front.
+    rank fails the others get SIGTERM, and SIGKILL after `grace_seconds`; when the first interrupted rank has ended the
+    others have as long. The output of rank 0 is shown as it is, the standard error of the others with their rank in
+    front.
     """
     if nproc < 1:
         raise UserError(f"cannot start {nproc} processes", fix="give --nproc a number of at least 1")
@@ -158,7 +160,7 @@ def _supervise(ranks: _Ranks, caught: Sequence[int], grace_seconds: float) -> in
             num_passed_on += 1
         if time.monotonic() > deadline:
             ranks.send(signal.SIGKILL)
-            deadline = math.inf
+            is_stopping, deadline = True, math.inf  # how these end says nothing about the run
         end = ranks.next_end()
         if end is None or is_stopping:
             continue
@@ -167,9 +169,10 @@ def _supervise(ranks: _Ranks, caught: Sequence[int], grace_seconds: float) -> in
             continue
         code = _exit_code(status, num_passed_on)
         cause = _cause(rank, status) if status < 0 else ""
-        # An interrupted rank has left in good order: the others are still writing their checkpoint.
+        deadline = min(deadline, time.monotonic() + grace_seconds)
+        # An interrupted rank has left in good order: the others know that they are to end, and may still be writing.
         if not (num_passed_on and code == INTERRUPTED_CODE):
-            is_stopping, deadline = True, time.monotonic() + grace_seconds
+            is_stopping = True
             ranks.send(signal.SIGTERM)
     if code != INTERRUPTED_CODE:
         _say(cause)  # below the tracebacks of ranks that lost it as their peer

@@ -1,113 +1,161 @@
-"""Reading and writing whole fp32 weights and optimizer state through DeepSpeed's ZeRO shards.
+"""Where a DeepSpeed engine keeps its fp32 weights and optimizer state, and which part of each this rank has.
 
-ZeRO 1 and 2 keep the fp32 master weights and the optimizer state of a rank in one flat vector a parameter group; each
-parameter knows the fragment of itself that this rank holds (`_hp_mapping`, None when it holds nothing).
+Stage 0 keeps all of it on every rank. Stages 1 and 2 keep it in one flat vector a parameter group, of which each rank
+has one stretch: a parameter knows the fragment of itself in it (`_hp_mapping`, None when there is none). Stage 3 cuts
+every parameter evenly, the last part padded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Scalar = float | int
+from gapfx.runtime.state import OptimizerState
 
-
-@dataclass
-class OptimizerState:
-    """Optimizer state of a whole model, free of shards.
-
-    `moments` maps a state's name (`exp_avg`) to FQN -> fp32 tensor of the parameter's shape; `scalars` holds, for each
-    parameter group, the states that are one number (`step`) and whether the optimizer keeps it as a tensor.
-    """
-
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
-    scalars: list[dict[str, tuple[Scalar, bool]]] = field(default_factory=list[dict[str, tuple[Scalar, bool]]])
+Fragment = tuple[int, Tensor | None]
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO manages this parameter (a frozen one it does not)."""
-    return hasattr(parameter, "_hp_mapping")
+class Shards(Protocol):
+    """How one engine stores what it trains."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each rank has everything."""
+        ...
+
+    def fragment(self, parameter: Any, key: str | None) -> Fragment:
+        """Start in the flat parameter and a writable flat view of this rank's part; key None is the fp32 weight."""
+        ...
+
+    def stored(self) -> Iterator[tuple[int, Tensor]]:
+        """(parameter group, tensor that the optimizer keeps state for), in the order of groups."""
+        ...
 
 
-def fragment(parameter: Any, key: str | None) -> tuple[int, Tensor | None]:
-    """Start in the flattened parameter and a writable view of this rank's part; key None is the fp32 weight."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return 0, None
-    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
+@dataclass(frozen=True)
+class WholeShards:
+    """Stage 0: torch's optimizer works on the parameters themselves."""
+
+    optimizer: Any
+    is_whole: bool = True
+
+    def fragment(self, parameter: Any, key: str | None) -> Fragment:
+        """All of it."""
+        held = parameter.data if key is None else self.optimizer.state.get(parameter, {}).get(key)
+        return 0, None if held is None else held.view(-1)
+
+    def stored(self) -> Iterator[tuple[int, Tensor]]:
+        """The parameters."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            yield from ((index, parameter) for parameter in group["params"])
+
+
+@dataclass(frozen=True)
+class FlatShards:
+    """Stages 1 and 2."""
+
+    zero: Any
+    is_whole: bool = False
+
+    def fragment(self, parameter: Any, key: str | None) -> Fragment:
+        """A stretch of the parameter, or none of it."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, None
+        # Not by `get_hp_fragment(key)`: DeepSpeed looks that up when the first group has its state and others none.
+        flat, address = self._flats()[mapping.param_group_index], mapping.hp_fragment_address
+        held = flat if key is None else self.zero.optimizer.state.get(flat, {}).get(key)
+        part = None if held is None else held.data.narrow(0, address.start, address.numel)
+        return mapping.lp_fragment_address.start, part
+
+    def stored(self) -> Iterator[tuple[int, Tensor]]:
+        """One flat vector a group."""
+        yield from enumerate(self._flats())
+
+    def _flats(self) -> list[Tensor]:
+        """Where gradients of bf16 weights add up in fp32, stage 1 is another class of DeepSpeed, with other names."""
+        zero = self.zero
+        has_usual = hasattr(zero, "single_partition_of_fp32_groups")
+        return zero.single_partition_of_fp32_groups if has_usual else zero.fp32_groups_flat_partition
+
+
+@dataclass(frozen=True)
+class EvenShards:
+    """Stage 3. Large groups are stored as several flat vectors."""
+
+    zero: Any
+    rank: int
+    is_whole: bool = False
+
+    def fragment(self, parameter: Any, key: str | None) -> Fragment:
+        """The rank's part without padding."""
+        part, group = self.zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
+        start, flat = part.numel() * self.rank, self.zero.fp32_partitioned_groups_flat[group]
+        held = flat if key is None else self.zero.optimizer.state.get(flat, {}).get(key)
+        if held is None:
+            return start, None
+        offset = part.storage_offset() - flat.storage_offset()
+        return start, held.data.narrow(0, offset, max(0, min(part.numel(), parameter.ds_numel - start)))
+
+    def stored(self) -> Iterator[tuple[int, Tensor]]:
+        """Flat vectors with the group each belongs to."""
+        for index, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            yield self.zero.sub_group_to_group_id[index], flat
+
+
+def numel_of(parameter: Any) -> int:
+    """Number of elements of the whole parameter, which stage 3 may have released."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def read_part(shards: Shards, parameter: Any, key: str | None) -> Tensor:
+    """A flat fp32 tensor of the whole parameter on the CPU; zeros stand where this rank has nothing."""
+    start, part = shards.fragment(parameter, key)
+    if part is not None and part.numel() == numel_of(parameter) and part.dtype is torch.float32:
+        return part.detach().cpu()
+    found = torch.zeros(numel_of(parameter))
+    if part is not None:
+        found[start : start + part.numel()] = part.detach()
+    return found
 
 
 @torch.no_grad()
-def gather(parameter: Tensor, key: str | None, group: Any) -> Tensor:
-    """The whole fp32 weight or optimizer state of one parameter, on the CPU of every rank (collective)."""
-    whole = torch.zeros(parameter.numel(), device=parameter.device)
-    start, part = fragment(parameter, key)
+def write_part(shards: Shards, parameter: Any, key: str | None, values: Tensor) -> None:
+    """Write this rank's part of the flat values of a whole parameter."""
+    start, part = shards.fragment(parameter, key)
     if part is not None:
-        whole[start : start + part.numel()] = part
-    if torch.distributed.get_world_size(group) > 1:
-        torch.distributed.all_reduce(whole, group=group)
-    return whole.view(parameter.shape).cpu()
+        part.copy_(values.flatten()[start : start + part.numel()])
 
 
-@torch.no_grad()
-def scatter(parameter: Tensor, key: str | None, whole: Tensor) -> None:
-    """Write this rank's part of a whole fp32 weight or optimizer state."""
-    start, part = fragment(parameter, key)
-    if part is not None:
-        part.copy_(whole.flatten()[start : start + part.numel()])
+def moment_names(shards: Shards, optimizer: Any) -> list[str]:
+    """Names of the optimizer state that has a number for each weight; none before the first step."""
+    states = [optimizer.state.get(tensor, {}) for _, tensor in shards.stored()]
+    return sorted({key for state in states for key, value in state.items() if _is_moment(value)})
 
 
-def read_weights(module: nn.Module, group: Any) -> dict[str, Tensor]:
-    """FQN -> whole fp32 parameter on the CPU, the same on every rank (collective)."""
-    return {
-        fqn: gather(parameter, None, group) if is_sharded(parameter) else parameter.detach().float().cpu().clone()
-        for fqn, parameter in module.named_parameters()
-    }
+def scalars(shards: Shards, optimizer: Any) -> list[dict[str, tuple[float | int, bool]]]:
+    """For each parameter group the state that is one number, and whether it is kept as a tensor."""
+    found: dict[int, dict[str, tuple[float | int, bool]]] = {}
+    for index, tensor in shards.stored():
+        group = found.setdefault(index, {})
+        for key, value in optimizer.state.get(tensor, {}).items():
+            if not _is_moment(value) and value is not None:
+                number = value.item() if isinstance(value, Tensor) else value
+                group.setdefault(key, (number, isinstance(value, Tensor)))
+    return [found[index] for index in sorted(found)]
 
 
-def write_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Write the fp32 master weights; bf16 initialisation alone would have rounded them."""
-    for fqn, parameter in module.named_parameters():
-        if is_sharded(parameter):
-            scatter(parameter, None, weights[fqn])
-
-
-def read_optimizer(module: nn.Module, zero: Any, group: Any) -> OptimizerState:
-    """The optimizer state of the whole model (collective); empty before the first step."""
-    flats, inner = zero.single_partition_of_fp32_groups, zero.optimizer
-    names = sorted({key for flat in flats for key, value in inner.state.get(flat, {}).items() if _is_moment(value)})
-    moments = {
-        key: {fqn: gather(p, key, group) for fqn, p in module.named_parameters() if is_sharded(p)} for key in names
-    }
-    scalars = [
-        {
-            key: (value.item() if isinstance(value, Tensor) else value, isinstance(value, Tensor))
-            for key, value in inner.state.get(flat, {}).items()
-            if not _is_moment(value) and value is not None
-        }
-        for flat in flats
-    ]
-    return OptimizerState(moments, scalars)
-
-
-def write_optimizer(module: nn.Module, zero: Any, state: OptimizerState) -> None:
-    """Create the optimizer state that ZeRO makes at the first step, and fill it."""
-    if not state.moments and not any(state.scalars):
-        return
-    inner = zero.optimizer
-    for flat, scalars in zip(zero.single_partition_of_fp32_groups, state.scalars, strict=True):
-        for key, (value, is_tensor) in scalars.items():
-            inner.state[flat][key] = torch.tensor(float(value)) if is_tensor else value
+def make_state(shards: Shards, optimizer: Any, state: OptimizerState) -> None:
+    """Create the optimizer state that is otherwise made at the first step, moments at 0."""
+    for index, tensor in shards.stored():
+        for key, (value, is_tensor) in state.scalars[index].items():
+            optimizer.state[tensor][key] = torch.tensor(float(value)) if is_tensor else value
         for key in state.moments:
-            inner.state[flat][key] = torch.zeros_like(flat.data)
-    zero._lazy_init_hp_params_optimizer_state()
-    for key, whole in state.moments.items():
-        for fqn, parameter in module.named_parameters():
-            if is_sharded(parameter):
-                scatter(parameter, key, whole[fqn])
+            optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
 
 
 def _is_moment(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,28 @@ def skeleton_of(module: nn.Module) -> nn.Module:
     return _copy(module, empty)
 
 
-def module_from(skeleton: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-    """A fresh module on `device` with fp32 `weights` (FQN -> whole tensor); the skeleton is left as it was."""
+def hollow(parameter: nn.Parameter) -> None:
+    """Free the memory of a parameter; its shape stays."""
+    parameter.data = parameter.data.new_empty(()).expand(parameter.shape)
+
+
+def module_from(
+    skeleton: nn.Module,
+    value: Callable[[str, Tensor], Tensor],
+    device: torch.device,
+    place: Callable[[nn.Parameter], None] | None = None,
+) -> nn.Module:
+    """A fresh module on `device`; the skeleton is left as it was.
+
+    `value(fqn, parameter)` gives each parameter's tensor, one after another, for the module to keep; `place` is called
+    with each new parameter before the next one is made.
+    """
     filled: dict[str, nn.Parameter] = {}
     for fqn, parameter in skeleton.named_parameters():
-        value = weights[fqn].detach().to(device=device, dtype=parameter.dtype, copy=True)
-        filled[fqn] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        made = value(fqn, parameter).detach().to(device)
+        filled[fqn] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+        if place is not None:
+            place(filled[fqn])
     return _copy(skeleton, filled).to(device)
 
 

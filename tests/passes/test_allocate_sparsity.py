@@ -65,6 +65,18 @@ def test_overrides_win_and_the_last_one_that_matches_counts() -> None:
     assert plan.sparsity == pytest.approx(0.5 * 112 / 136)
 
 
+def test_global_shares_out_again_at_prunes_what_has_no_pattern_and_no_override() -> None:
+    def pools(allocation: str, *by_weight: str, pattern: str = "unstructured") -> list[list[str]]:
+        options: dict[str, Any] = {"allocation": allocation, "by_weight": by_weight, "pattern": pattern}
+        plan = plan_of(mlp(), torch.randn(2, 6), groups=1, sparsity=0.5, **options)
+        return [[weight.fqn for weight in pool] for group in plan.groups for pool in plan.pools(group)]
+
+    each = [["0.weight"], ["2.weight"], ["4.weight"]]
+    assert pools("global") == [["0.weight", "2.weight", "4.weight"]]
+    assert pools("global", "2.*=0.5") == [["0.weight", "4.weight"], ["2.weight"]]
+    assert pools("global", pattern="block:1x2") == pools("erk") == pools("uniform", "2.*=0.5") == each
+
+
 def test_an_override_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="'9' matches no weight\n  where: option by_weight"):
         plan_of(mlp(), torch.randn(2, 6), by_weight=("9=0.5",))

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gapfx.errors import CheckpointError
+from gapfx.masks import pack
+from gapfx.runtime import checkpoint
 from gapfx.runtime.checkpoint import load_checkpoint, save_checkpoint
-from gapfx.runtime.grow_prune import TrainState
-from gapfx.runtime.shards import OptimizerState
+from gapfx.runtime.ranks import Peers
+from gapfx.runtime.state import OptimizerState, Spread, TrainState, bytes_of
+from tests.runtime.threads import at, on_ranks
 
 Damage = Callable[[Path], object]
 
@@ -28,10 +32,14 @@ def state_of(step: int, size: int = 5) -> TrainState:
     """Every kind of content: special numbers, empty and scalar tensors, odd names, a mask that is stored twice."""
     torch.manual_seed(step)
     special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45])
-    bits = torch.randint(256, (size,), dtype=torch.uint8)
-    moments = {"exp_avg": {"a.weight": torch.randn(size, 8)}, "exp_avg_sq": {"a.weight": torch.rand(size, 8)}}
+    mask = torch.rand(size, 8) < 0.4
+    bits, live = pack(mask), int(mask.sum())
+    layout = {"a.weight": Spread((size, 8)), "odd/name: é": Spread((5,)), "empty": Spread((0, 3)), "one": Spread(())}
+    weights = {"a.weight": torch.randn(live), "odd/name: é": special, "empty": torch.zeros(0), "one": torch.ones(1)}
+    moments = {"exp_avg": {"a.weight": torch.randn(live)}, "exp_avg_sq": {"a.weight": torch.rand(live)}}
     return TrainState(
-        weights={"a.weight": torch.randn(size, 8), "odd/name: é": special, "empty": torch.zeros(0, 3)},
+        layout,
+        weights,
         buffers={"n": torch.tensor(7), "mean": torch.randn(3).bfloat16(), "flag": torch.tensor([True, False])},
         bits={"a.weight": bits},
         sparse_bits={"a.weight": bits},
@@ -58,6 +66,7 @@ def assert_equal(one: TrainState, other: TrainState) -> None:
         type(v) for g in other.optimizer.scalars for pair in g.values() for v in pair
     ]
     assert one.step == other.step
+    assert one.layout == other.layout
 
 
 def loaded(directory: Path) -> tuple[TrainState, list[str]]:
@@ -75,14 +84,14 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, size: int) -> None:
     state = state_of(12, size)
     path = save_checkpoint(tmp_path / "deep" / "checkpoints", state, keep=1)
     assert path.name == "step-00000012"
-    assert names(path) == ["manifest.json", "state.json", "state.safetensors"]
+    assert names(path) == ["manifest.json", "rank-00000.safetensors", "state.json"]
     back, problems = loaded(path.parent)
     assert problems == []
     assert_equal(back, state)
 
 
 def test_a_state_before_the_first_step_comes_back(tmp_path: Path) -> None:
-    state = TrainState({"w": torch.randn(2, 2)}, {})
+    state = TrainState({"w": Spread((2, 2))}, {"w": torch.randn(4)})
     save_checkpoint(tmp_path, state, keep=1)
     assert_equal(loaded(tmp_path)[0], state)
 
@@ -98,8 +107,9 @@ def test_what_is_read_does_not_change_with_what_was_saved(tmp_path: Path) -> Non
 
 
 def test_weights_that_are_views_are_saved_as_they_look(tmp_path: Path) -> None:
-    base = torch.randn(6, 4)
-    state = TrainState({"t": base.t(), "half": base[::2], "whole": base}, {})
+    base = torch.randn(24)
+    layout = {"half": Spread((12,)), "whole": Spread((24,))}
+    state = TrainState(layout, {"half": base[::2], "whole": base})
     save_checkpoint(tmp_path, state, keep=1)
     assert_equal(loaded(tmp_path)[0], state)
 
@@ -159,21 +169,21 @@ def other_format(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "flipped weight": (flip("state.safetensors", -1), "state.safetensors does not match its SHA-256"),
-    "flipped header": (flip("state.safetensors", 0), "state.safetensors does not match its SHA-256"),
+    "flipped weight": (flip("rank-00000.safetensors", -1), "rank-00000.safetensors does not match its SHA-256"),
+    "flipped header": (flip("rank-00000.safetensors", 0), "rank-00000.safetensors does not match its SHA-256"),
     "flipped facts": (flip("state.json", 5), "state.json does not match its SHA-256"),
-    "torn weights": (tear("state.safetensors"), "bytes, the manifest says"),
+    "torn weights": (tear("rank-00000.safetensors"), "bytes, the manifest says"),
     "torn facts": (tear("state.json"), "bytes, the manifest says"),
     "torn manifest": (tear("manifest.json"), "manifest.json|delimiter|Unterminated|Expecting"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "No such file.*manifest.json"),
-    "no weights": (lambda path: (path / "state.safetensors").unlink(), "No such file.*state.safetensors"),
-    "nothing": (empty, "No such file.*manifest.json"),
+    "no weights": (lambda path: (path / "rank-00000.safetensors").unlink(), "No such file.*rank-00000.safetensors"),
+    "nothing": (empty, "No such file"),
     "empty manifest": (forge("{}"), r"the manifest names \[\]"),
-    "manifest is a list": (forge('["state.json", "state.safetensors"]'), "has no attribute"),
+    "manifest is a list": (forge('["state.json", "rank-00000.safetensors"]'), "must be integers"),
     "manifest is null": (forge("null"), "not iterable"),
-    "manifest of numbers": (forge('{"state.json": 1, "state.safetensors": 2}'), "not subscriptable"),
-    "manifest leaves the directory": (forge('{"../x": {}, "state.json": {}}'), r"the manifest names \['\.\./x'"),
-    "later format": (other_format, "it has format 9, this gapfx reads 1"),
+    "manifest of numbers": (forge('{"state.json": 1, "rank-00000.safetensors": 2}'), "not subscriptable"),
+    "manifest leaves the directory": (forge('{"../x": {}, "state.json": {}}'), r"\.\./x"),
+    "later format": (other_format, "it has format 9, this gapfx reads 3"),
 }
 
 
@@ -234,6 +244,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from gapfx.errors import CheckpointError
+from gapfx.runtime import checkpoint
 from gapfx.runtime.checkpoint import load_checkpoint, save_checkpoint
 from tests.runtime.test_checkpoint import state_of
 
@@ -265,3 +276,63 @@ def test_a_directory_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="the checkpoint of step 10 could not be written"):
         save_checkpoint(tmp_path / "checkpoints", state_of(10), keep=1)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("writers", [1, 2, 4])
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path: Path, writers: int, readers: int) -> None:
+    state = state_of(12, 13)
+    on_ranks(writers, lambda peers: save_checkpoint(tmp_path, at(peers, state), keep=1))
+    path = tmp_path / "step-00000012"
+    assert len(list(path.glob("rank-*.safetensors"))) == writers
+
+    def read(peers: Peers) -> TrainState:
+        found = load_checkpoint(tmp_path, peers)
+        assert found is not None
+        assert found[1] == []
+        return found[0]
+
+    for rank, back in enumerate(on_ranks(readers, read)):
+        mine = at(Peers(rank, readers), state)
+        assert_equal(back, mine)
+        assert (back.peers.rank, back.peers.size) == (rank, readers)
+        assert torch.equal(back.sparse_bits["a.weight"], bytes_of(state.bits["a.weight"], *mine.bounds("a.weight")))
+
+
+def test_one_file_that_is_damaged_makes_all_ranks_fall_back(tmp_path: Path) -> None:
+    for step in (10, 20):
+        on_ranks(3, lambda peers, step=step: save_checkpoint(tmp_path, at(peers, state_of(step, 40)), keep=2))
+    flip("rank-00002.safetensors", -1)(tmp_path / "step-00000020")
+    found = on_ranks(2, lambda peers: load_checkpoint(tmp_path, peers))
+    assert [(state.step, problems) for state, problems in filter(None, found)] == [
+        (10, ["step-00000020 is damaged: rank-00002.safetensors does not match its SHA-256"])
+    ] * 2
+
+
+def test_a_rank_that_cannot_write_is_the_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(2, lambda peers: save_checkpoint(tmp_path, at(peers, state_of(10)), keep=1))
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if "rank-00001" in path.name:
+            raise OSError("no space on rank 1")
+        save_file(tensors, path)
+
+    def save(peers: Peers) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(tmp_path, at(peers, dataclasses.replace(state_of(10), step=20)), keep=1)
+        return str(caught.value)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    messages = on_ranks(2, save)
+    assert "no space on rank 1" in messages[0]
+    assert messages[0] == messages[1]
+    assert names(tmp_path) == ["step-00000010"]
+    assert loaded(tmp_path)[0].step == 10
+
+
+def test_slices_that_do_not_fit_their_masks_are_found(tmp_path: Path) -> None:
+    state = state_of(10)
+    state.weights["a.weight"] = torch.zeros(state.weights["a.weight"].numel() + 1)
+    save_checkpoint(tmp_path, state, keep=1)
+    with pytest.raises(CheckpointError, match=r"weights of a.weight has \[\d+\] values in a slice, \d+ are live"):
+        load_checkpoint(tmp_path)

@@ -16,7 +16,7 @@ from gapfx.runtime import launch
 PARENT = """
 import sys
 from gapfx.runtime.launch import run_ranks
-sys.exit(run_ranks([sys.executable, "-c", sys.argv[1]], 2, grace_seconds=0.3))
+sys.exit(run_ranks([sys.executable, "-c", sys.argv[1]], 2, grace_seconds=float(sys.argv[2])))
 """
 
 
@@ -34,7 +34,7 @@ def run_script(script: str, nproc: int = 2, grace_seconds: float = 0.3) -> int:
     return launch.run_ranks(command, nproc, grace_seconds=grace_seconds)
 
 
-def start_parent(script: str, folder: Path) -> subprocess.Popen[bytes]:
+def start_parent(script: str, folder: Path, grace_seconds: float = 20) -> subprocess.Popen[bytes]:
     """Start a process that runs `script` as two ranks, and wait until both have written `ready<rank>` in `folder`."""
     preamble = f"""
         import os, signal, sys, time
@@ -42,7 +42,7 @@ def start_parent(script: str, folder: Path) -> subprocess.Popen[bytes]:
         rank, folder = os.environ["RANK"], Path({str(folder)!r})
         """
     text = textwrap.dedent(preamble) + textwrap.dedent(script)
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, text], start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, text, str(grace_seconds)], start_new_session=True)
     wait_until(lambda: all((folder / f"ready{rank}").exists() for rank in range(2)))
     return parent
 
@@ -184,6 +184,21 @@ def test_an_interrupted_rank_that_leaves_early_does_not_cut_short_the_checkpoint
     assert (tmp_path / "checkpoint").exists()
 
 
+def test_a_rank_that_hangs_after_another_was_interrupted_is_killed_after_the_grace_time(tmp_path: Path) -> None:
+    script = """
+        def leave(number, frame):
+            if rank == "1": sys.exit(130)
+            (folder / "asked").touch()
+        signal.signal(signal.SIGTERM, leave)
+        (folder / f"ready{rank}").touch()
+        while True: time.sleep(0.05)
+    """
+    parent = start_parent(script, tmp_path, grace_seconds=0.3)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(30) == 130
+    assert (tmp_path / "asked").exists()
+
+
 def test_a_rank_that_fails_while_it_is_interrupted_decides_the_exit_code(tmp_path: Path) -> None:
     script = """
         def leave(number, frame):
@@ -293,15 +308,6 @@ def test_a_half_set_rank_is_the_mistake_of_the_user() -> None:
     os.environ["RANK"] = "0"
     with pytest.raises(UserError, match="LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
         launch.is_rank()
-
-
-def test_local_ranks_run_the_command_line() -> None:
-    with mock.patch.object(launch, "run_ranks", return_value=5) as run_ranks:
-        assert launch.run_local_ranks(["sparsify", "task.py"], 2) == 5
-    (command, nproc), _ = run_ranks.call_args
-    assert command[0] == sys.executable
-    assert command[-4:] == ["-m", "gapfx", "sparsify", "task.py"]
-    assert nproc == 2
 
 
 @pytest.mark.distributed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -31,18 +33,81 @@ def run(out: Path, *flags: object) -> Path:
     return out
 
 
-def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", *SAME_BATCH)
-    two = run(tmp_path / "two", *SAME_BATCH, "--nproc", 2)
-    ours, theirs = weights(one), weights(two)
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are held against."""
+    return run(tmp_path_factory.mktemp("one") / "run", *SAME_BATCH, "--form", "masked")
+
+
+@pytest.mark.parametrize(
+    ("zero", "form"),
+    [(0, "compact"), (1, "compact"), (2, "compact"), (3, "compact"), (1, "masked"), (3, "masked")],
+)
+def test_two_ranks_equal_one_with_the_same_global_batch(zero: int, form: str, one_rank: Path, tmp_path: Path) -> None:
+    two = run(tmp_path / "two", *SAME_BATCH, "--nproc", 2, "--zero", zero, "--form", form)
+    assert_near(one_rank, two)
+    assert (summary(two)["world_size"], summary(two)["zero_stage"]) == (2, zero)
+
+
+def assert_near(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
     assert max(float((ours[fqn] - theirs[fqn]).abs().max()) for fqn in ours) <= 1e-6
     assert [fqn for fqn in ours if not bool(((ours[fqn] == 0) == (theirs[fqn] == 0)).all())] == []
-    assert summary(two)["world_size"] == 2
 
 
-def test_two_ranks_in_bf16_with_zero_2_end_sparse(tmp_path: Path) -> None:
-    two = run(tmp_path / "two", "--nproc", 2, "--dtype", "bf16", "--zero", 2, "--state", "carry")
+def test_a_warm_up_of_regrown_weights_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    flags = (*SAME_BATCH, "--state", "carry", "--regrow-warmup", 5)
+    one = run(tmp_path / "one", *flags)
+    for zero in (0, 2, 3):
+        assert_near(one, run(tmp_path / str(zero), *flags, "--nproc", 2, "--zero", zero))
+
+
+@pytest.mark.parametrize(
+    ("zero", "added"),
+    [
+        (1, {"offload_optimizer": {"device": "cpu"}}),
+        (2, {"offload_optimizer": {"device": "cpu"}, "overlap_comm": True}),
+        (3, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        (3, {"stage3_param_persistence_threshold": 0, "sub_group_size": 500, "stage": "auto"}),
+    ],
+    ids=["offload, stage 1", "offload, stage 2", "offload of both, stage 3", "small parts, stage 3"],
+)
+def test_what_a_deepspeed_file_adds_changes_no_result(
+    zero: int, added: dict[str, object], one_rank: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": added, "gradient_clipping": "auto"}))
+    flags = ("--nproc", 2, "--zero", zero, "--form", "compact", "--deepspeed", path)
+    assert_near(one_rank, run(tmp_path / "two", *SAME_BATCH, *flags))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_in_bf16_end_sparse(zero: int, tmp_path: Path) -> None:
+    two = run(tmp_path / "two", "--nproc", 2, "--dtype", "bf16", "--zero", zero, "--state", "carry")
     assert summary(two)["sparsity_actual"] == pytest.approx(0.8, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("--nproc", 2, "--zero", 1), ("--nproc", 4, "--zero", 3)),
+        (("--nproc", 2, "--zero", 1), ("--nproc", 1, "--zero", 0)),
+        (("--nproc", 4, "--zero", 3, "--form", "compact"), ("--nproc", 2, "--zero", 2, "--form", "masked")),
+    ],
+    ids=["2 ranks at 1 to 4 at 3", "2 ranks at 1 to 1 at 0", "4 ranks at 3 to 2 at 2"],
+)
+def test_a_run_continues_at_another_number_of_ranks_and_stage(
+    first: tuple[object, ...], then: tuple[object, ...], tmp_path: Path
+) -> None:
+    flags = ("--batch-size", 32, "--micro-batch", 8, "--state", "carry", "--clip", 0)
+    whole, cut = run(tmp_path / "whole", *flags), run(tmp_path / "cut", *flags, *first)
+    steps = sorted((cut / "checkpoints").glob("step-*"))
+    for path in steps[1:]:
+        shutil.rmtree(path)
+    for name in ("model.safetensors", "summary.json", "report.html"):
+        (cut / name).unlink()
+    run(cut, *flags, *then, "--resume")
+    assert_near(whole, cut)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -7,10 +7,14 @@ from torch import nn
 
 import gapfx
 from gapfx.masks import bits_of, stored_parameter
-from gapfx.runtime.skeleton import module_from, skeleton_of
+from gapfx.runtime.skeleton import hollow, module_from, skeleton_of
 from tests.models import LanguageModel, Tagger, TiedPair, cnn, mlp, tokens
 
 CPU = torch.device("cpu")
+
+
+def filled(skeleton: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    return module_from(skeleton, lambda fqn, parameter: weights[fqn].to(parameter.dtype, copy=True), CPU)
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -40,7 +44,7 @@ def test_buffers_are_copied_and_the_module_is_left_alone() -> None:
 def test_tied_parameters_stay_tied_in_skeletons_and_modules() -> None:
     for module in (TiedPair(), LanguageModel()):
         skeleton = skeleton_of(module)
-        fresh = module_from(skeleton, weights_of(module), CPU)
+        fresh = filled(skeleton, weights_of(module))
         names = ("first", "second") if isinstance(module, TiedPair) else ("tokens", "head")
         for made in (skeleton, fresh):
             assert made.get_submodule(names[0]).weight is made.get_submodule(names[1]).weight
@@ -49,7 +53,7 @@ def test_tied_parameters_stay_tied_in_skeletons_and_modules() -> None:
 def test_a_fresh_module_computes_the_same_and_shares_no_memory() -> None:
     module, x = cnn().eval(), torch.randn(2, 3, 8, 8)
     weights, skeleton = weights_of(module), skeleton_of(module)
-    first, second = (module_from(skeleton, weights, CPU) for _ in range(2))
+    first, second = (filled(skeleton, weights) for _ in range(2))
     assert torch.equal(first(x), module(x))
     with torch.no_grad():
         first.get_parameter("0.weight").zero_()
@@ -63,7 +67,7 @@ def test_a_fresh_module_computes_the_same_and_shares_no_memory() -> None:
 def test_whole_fp32_weights_become_the_modules_own_type() -> None:
     module = mlp().bfloat16()
     weights = {fqn: torch.randn(parameter.shape) for fqn, parameter in module.named_parameters()}
-    fresh = module_from(skeleton_of(module), weights, CPU)
+    fresh = filled(skeleton_of(module), weights)
     for fqn, parameter in fresh.named_parameters():
         assert torch.equal(parameter, weights[fqn].bfloat16())
 
@@ -72,9 +76,28 @@ def test_masked_modules_keep_their_masks_also_where_weights_are_read_by_name() -
     model = Tagger()
     sparse = gapfx.sparsify(model, (tokens(),), sparsity=0.5)
     skeleton = skeleton_of(model)
-    fresh = module_from(skeleton, weights_of(model), CPU)
+    fresh = filled(skeleton, weights_of(model))
     assert torch.equal(fresh(tokens()), model(tokens()))
     for fqn in sparse.masks:
         assert bits_of(fresh, fqn) is not bits_of(model, fqn)
         assert torch.equal(bits_of(fresh, fqn), bits_of(model, fqn))
         assert stored_parameter(skeleton, fqn).is_meta
+
+
+def test_each_parameter_is_placed_before_the_next_is_made() -> None:
+    order: list[str] = []
+
+    def value(fqn: str, parameter: torch.Tensor) -> torch.Tensor:
+        order.append(f"make {fqn}")
+        return torch.zeros(parameter.shape)
+
+    module_from(skeleton_of(mlp()), value, CPU, lambda parameter: order.append(f"place {tuple(parameter.shape)}"))
+    assert order[::2] == [f"make {fqn}" for fqn, _ in mlp().named_parameters()]
+    assert order[1::2] == [f"place {tuple(parameter.shape)}" for parameter in mlp().parameters()]
+
+
+def test_a_hollow_parameter_keeps_its_shape_and_no_memory() -> None:
+    parameter = nn.Parameter(torch.randn(30, 40))
+    hollow(parameter)
+    assert parameter.shape == (30, 40)
+    assert parameter.untyped_storage().nbytes() == 4

@@ -36,11 +36,13 @@ class BlockWatch:
             self.blocks = unit.latest(FindBlocks)
 
 
-def compiled(model: nn.Module, inputs: Inputs, *watchers: BlockWatch) -> Compiled:
-    """The model captured, planned and masked in place, all masks ones."""
+def compiled(
+    model: nn.Module, inputs: Inputs, *watchers: BlockWatch, check: Callable[[nn.Module], object] | None = None
+) -> Compiled:
+    """The model captured, planned and masked in place, all masks ones; verified by the forward `check`, if any."""
     seed_all(1)
     options = CompileOptions(sparsity=SPARSITY)
-    return compile_model(model, lambda m: m(*inputs.args, **inputs.kwargs), options, watchers=watchers)
+    return compile_model(model, lambda m: m(*inputs.args, **inputs.kwargs), options, watchers=watchers, check=check)
 
 
 def random_masks(plan: Plan) -> dict[str, Tensor]:

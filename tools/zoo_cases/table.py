@@ -14,14 +14,17 @@ TWO_RANKS = " on two ranks"
 CONDITIONS = (
     "Made by `python tools/zoo.py table` from `tools/zoo_cases/results.jsonl`, which `tools/zoo.py sweep` measured.",
     "Each architecture is random initialised (parameters that start as zeros too) and small, runs in a process of its",
-    "own on one thread of a shared CPU,",
+    "own on one thread of a shared CPU, which may be busy, so that seconds are upper bounds,",
     "and is compared with the same model whose weights and gradients are multiplied by random masks by hand (half of",
     "each weight is kept): outputs, loss, every gradient, every buffer and every weight after a step of training,",
     "outputs in eval, and the same training step at another batch size. The graph of the whole model (the outline) is",
     "compared with the model itself, in training and in eval. Every matrix must be in exactly one group or be named as",
-    "dense, under all of its names; keys of `state_dict` and names of parameters must stay. Equal: within 1e-5 of",
+    "dense, under all of its names; keys of `state_dict` and names of parameters must stay. The masked model is",
+    "verified when it is made, on the other batch size where the model runs it. Equal: within 1e-5 of",
     "max(1, largest value) of each tensor, and NaN only where the reference has NaN; `to the bit` counts the models",
-    "with no difference at all. An architecture that does not train without gapfx is listed and not counted.",
+    "with no difference at all. An architecture that does not train without gapfx is listed and not counted. Forwards",
+    "are those of training; gapfx runs one in eval too: where the limit is passed, all is measured again, and the",
+    "slower forward counts.",
 )
 COLUMNS = (
     "library",
@@ -48,6 +51,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts += _section("Failures", [row for row in rows if row["status"] == "failed"], _causes)
     parts += _section(f"Slower than {FORWARDS} forwards + {SECONDS:g} s", [row for row in ran if _slow(row)], _pace)
     parts += _section("Blocks larger than a mean group, split", _having(ran, "pieces"), _pieces)
+    parts += _section("Owners that verification demoted", _having(ran, "demoted"), _demoted)
     parts += _section("Do not repeat themselves without gapfx", _having(ran, "varies"), _fact("varies"))
     parts += _section("NaN in the reference and in the masked model", _having(ran, "train_nan"), _fact("train_nan"))
     parts += _section("Less than half of the weights get a gradient", [row for row in ran if _is_numb(row)], _live)
@@ -133,12 +137,17 @@ def _fact(name: str) -> Callable[[Row], str]:
 
 def _pace(row: Row) -> str:
     facts = row["facts"]
-    return f"{facts['compile_seconds']:.2f} s, a forward takes {facts['forward_seconds']:.3f} s"
+    in_eval = f", in eval {facts['eval_forward_seconds']:.3f} s" if "eval_forward_seconds" in facts else ""
+    return f"{facts['compile_seconds']:.2f} s, a forward takes {facts['forward_seconds']:.3f} s{in_eval}"
 
 
 def _pieces(row: Row) -> str:
     pieces = row["facts"]["pieces"]
     return "; ".join(pieces[:3]) + (f"; {len(pieces) - 3} more" if len(pieces) > 3 else "")
+
+
+def _demoted(row: Row) -> str:
+    return "; ".join(row["facts"]["demoted"])
 
 
 def _live(row: Row) -> str:

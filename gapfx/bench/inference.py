@@ -1,0 +1,113 @@
+"""The whole model of a finished run at a few batch sizes: dense in each way, and loaded with its live values."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gapfx.bench.clock import OUT_OF_TIME, Run, Stopwatch
+from gapfx.bench.deployed import HELD, Deployed, is_sparse_linear, kernel_of
+from gapfx.bench.findings import DENSE, Timing
+from gapfx.bench.forwards import Inputs, at_batch, forward_of, in_bf16, session_or_reason
+from gapfx.bench.verdict import MODEL
+from gapfx.kernels.decode import MAX_TOKENS, Values
+
+BATCHES = (1, 8, 64)
+BF16, COMPILED, ONNX = "dense bf16", "dense torch.compile", "dense ONNX Runtime"
+# Calls of each way that a timing takes at the least: warm-ups and rounds.
+LEAST_CALLS = 6
+TOO_MANY_TOKENS = f"int8 values are for up to {MAX_TOKENS} tokens"
+NO_LINEAR = "no linear layer is held by its live values"
+
+
+class ModelTimer:
+    """Times forwards of a run's model; a model that is compiled is kept between threads and batches."""
+
+    def __init__(self, deployed: Deployed) -> None:
+        self.deployed = deployed
+        self.bf16 = copy.deepcopy(deployed.dense).bfloat16()
+        self.compiled = copy.deepcopy(deployed.dense)
+        self.compiled.compile()
+        self.compile_seconds = 0.0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Batches, small ones first; 0 stands for what the task gives when its batch is not known."""
+        own = self.deployed.batch
+        return sorted({*BATCHES, own}) if own else [0]
+
+    def time(self, watch: Stopwatch, share: float) -> None:
+        """All ways in turn but torch.compile, until `share` of the time that is left is used."""
+        stop = watch.left * (1 - share)
+        for index, batch in enumerate(self.sizes):
+            ways = (DENSE, BF16, ONNX, *(f"sparse {values}" for values in HELD))
+            left = watch.left - stop
+            if self._least_seconds(batch) * len(ways) > left:
+                watch.timings += [self._row(way, batch, OUT_OF_TIME) for way in ways]
+            else:
+                self._time(watch, batch, self._runs(batch), left / (len(self.sizes) - index))
+
+    def time_compiled(self, watch: Stopwatch, share: float) -> None:
+        """The dense model under torch.compile. After all else: nothing bounds the time of its first compilation."""
+        stop = watch.left * (1 - share)
+        for index, batch in enumerate(self.sizes):
+            left = watch.left - stop
+            run: Run | str = OUT_OF_TIME
+            if self._least_seconds(batch) + self.compile_seconds < left:
+                run = self._compiled(at_batch(self.deployed.inputs, batch))
+            self._time(watch, batch, {COMPILED: run}, left / (len(self.sizes) - index))
+
+    def _least_seconds(self, batch: int) -> float:
+        """What timing one way takes, going by the task's own batch."""
+        samples = batch / self.deployed.batch if batch else 1.0
+        return samples * self.deployed.seconds * LEAST_CALLS
+
+    def _time(self, watch: Stopwatch, batch: int, runs: Mapping[str, Run | str], seconds: float) -> None:
+        watch.timings += [self._row(way, batch, run) for way, run in runs.items() if isinstance(run, str)]
+        able = {self._row(way, batch): run for way, run in runs.items() if not isinstance(run, str)}
+        watch.time_rows(able, max(0.0, seconds))
+
+    def _row(self, way: str, batch: int, reason: str = "") -> Timing:
+        deployed = self.deployed
+        positions = {weight.fqn: deployed.positions(weight, batch) for weight in deployed.weights}
+        values: Any = way.removeprefix("sparse ")
+        kernel = ""
+        if values in deployed.loaded and not reason:
+            served = Counter(kernel_of(deployed.loaded[values], fqn, number) for fqn, number in positions.items())
+            kernel = ", ".join(f"{name} {number}" for name, number in served.most_common())
+        most, threads = max(positions.values(), default=batch), torch.get_num_threads()
+        return Timing(MODEL, "forward", way, threads, most, reason=reason, batch=batch, kernel=kernel)
+
+    def _runs(self, batch: int) -> dict[str, Run | str]:
+        """Way -> what to time, or why it cannot be."""
+        deployed, inputs = self.deployed, at_batch(self.deployed.inputs, batch)
+        runs: dict[str, Run | str] = {
+            DENSE: forward_of(deployed.dense, inputs),
+            BF16: forward_of(self.bf16, in_bf16(inputs)),
+            ONNX: session_or_reason(deployed.dense, inputs),
+        }
+        return runs | {f"sparse {values}": self._sparse(values, inputs, batch) for values in HELD}
+
+    def _sparse(self, values: Values, inputs: Inputs, batch: int) -> Run | str:
+        deployed = self.deployed
+        if values not in deployed.loaded:
+            return NO_LINEAR
+        tokens = (deployed.positions(weight, batch) for weight in deployed.weights if is_sparse_linear(weight))
+        # One layer with few tokens is enough: the head of a classifier, say.
+        if values == "int8" and min(tokens) > MAX_TOKENS:
+            return TOO_MANY_TOKENS
+        return forward_of(deployed.loaded[values].module, inputs)
+
+    def _compiled(self, inputs: Inputs) -> Run | str:
+        run, began = forward_of(self.compiled, inputs), time.monotonic()
+        try:
+            run()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        self.compile_seconds = time.monotonic() - began
+        return run

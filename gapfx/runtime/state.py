@@ -1,0 +1,149 @@
+"""The state of a run between two engines: each rank holds a slice of every weight, of its live values alone.
+
+A weight is cut into one run of its flat dense order a rank, at multiples of its granule, which is a multiple of 8 (so
+that packed masks are cut at bytes) and of what its pattern takes as one. Of that run a rank holds the live values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gapfx.masks import count_kept, num_bytes
+from gapfx.ops.expand import dense_of, packed_of
+from gapfx.runtime.ranks import Peers
+
+Scalar = float | int
+Owed = Literal["", "trained", "pruned"]
+BYTE = 8
+
+
+@dataclass
+class OptimizerState:
+    """Optimizer state, free of how an engine stores it.
+
+    `moments` maps a state's name (`exp_avg`) to FQN -> fp32 live values of this rank's slice; `scalars` holds, for each
+    parameter group, the states that are one number (`step`) and whether the optimizer keeps it as a tensor.
+    """
+
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    scalars: list[dict[str, tuple[Scalar, bool]]] = field(default_factory=list[dict[str, tuple[Scalar, bool]]])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a parameter of a dense `shape` is cut over ranks: at multiples of `granule` in flat order."""
+
+    shape: tuple[int, ...]
+    granule: int = BYTE
+
+    @property
+    def numel(self) -> int:
+        """Number of dense weights."""
+        return math.prod(self.shape)
+
+    def bounds(self, rank: int, size: int) -> tuple[int, int]:
+        """Start and stop of a rank's slice; slices at the end may be shorter, or empty."""
+        per_rank = -(-self.numel // (self.granule * size)) * self.granule
+        return min(rank * per_rank, self.numel), min((rank + 1) * per_rank, self.numel)
+
+
+@dataclass
+class TrainState:
+    """All that outlives an engine; `peers` hold it together.
+
+    layout: FQN of every parameter -> how it is cut. weights: FQN -> live fp32 values of this rank's slice. buffers: FQN
+    -> buffer. bits: FQN -> packed mask in force, whole, on every rank. Of this rank's slice alone: sparse_bits, the
+    mask each weight had when it was last sparse, and explored, bits of weights that were live in any phase so far.
+    `step` counts optimizer steps done. `owed` is the evaluation of that step which is still to be made: as the weights
+    were trained, which at a phase's end is before its prune, or pruned.
+    """
+
+    layout: dict[str, Spread]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    sparse_bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    explored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    peers: Peers = field(default_factory=Peers)
+    step: int = 0
+    owed: Owed = ""
+
+    def bounds(self, fqn: str) -> tuple[int, int]:
+        """Start and stop of this rank's slice of a weight."""
+        return self.layout[fqn].bounds(self.peers.rank, self.peers.size)
+
+    def own_bits(self, fqn: str) -> Tensor | None:
+        """The mask of this rank's slice; None for a parameter without a mask."""
+        return bytes_of(self.bits[fqn], *self.bounds(fqn)) if fqn in self.bits else None
+
+    def num_live(self, fqn: str) -> int:
+        """Number of live values in all slices."""
+        return count_kept(self.bits[fqn]) if fqn in self.bits else self.layout[fqn].numel
+
+    def tables(self, fqn: str) -> list[dict[str, Tensor]]:
+        """Where values of a weight are: the weight itself, and its moments."""
+        return [table for table in (self.weights, *self.optimizer.moments.values()) if fqn in table]
+
+
+def bytes_of(bits: Tensor, start: int, stop: int) -> Tensor:
+    """The packed mask of weights `start` (a multiple of 8, or the end) to `stop`."""
+    return bits[num_bytes(start) : num_bytes(stop)]
+
+
+def dense_slice(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
+    """This rank's slice of a weight or moment with its zeros in place, flat."""
+    (start, stop), bits = state.bounds(fqn), state.own_bits(fqn)
+    return table[fqn] if bits is None else dense_of(table[fqn].view(-1, 1), bits, (stop - start,))
+
+
+def live_slice(dense: Tensor, bits: Tensor | None) -> Tensor:
+    """The live values of a flat slice, in memory of their own."""
+    return (dense if bits is None else packed_of(dense, bits, (count_kept(bits), 1))).clone().flatten()
+
+
+def column(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
+    """All live values of a weight or moment in flat order (collective); not to be written, it may be the slice."""
+    own = table[fqn]
+    if state.peers.size == 1:
+        return own
+    whole = own.new_zeros(state.num_live(fqn))
+    first = num_before(state, fqn)
+    whole[first : first + own.numel()] = own
+    return state.peers.joined(whole)
+
+
+def whole(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
+    """The dense weight or moment with its zeros in place (collective); not to be written, it may be the slice."""
+    shape, values = state.layout[fqn].shape, column(state, table, fqn)
+    return dense_of(values.view(-1, 1), state.bits[fqn], shape) if fqn in state.bits else values.view(shape)
+
+
+def own_part(state: TrainState, fqn: str, values: Tensor) -> Tensor:
+    """This rank's slice of all live values of a weight, in memory of its own."""
+    first, bits = num_before(state, fqn), state.own_bits(fqn)
+    start, stop = state.bounds(fqn)
+    count = stop - start if bits is None else count_kept(bits)
+    return values.flatten()[first : first + count].clone()
+
+
+def num_before(state: TrainState, fqn: str) -> int:
+    """Number of live values in the slices of lower ranks."""
+    start, _ = state.bounds(fqn)
+    return count_kept(bytes_of(state.bits[fqn], 0, start)) if fqn in state.bits else start
+
+
+def joined_bits(state: TrainState, fqn: str, own: Tensor) -> Tensor:
+    """The whole packed mask from the slices of all ranks (collective)."""
+    if state.peers.size == 1:
+        return own
+    bits = torch.zeros(num_bytes(state.layout[fqn].numel), dtype=torch.uint8)
+    start = num_bytes(state.bounds(fqn)[0])
+    bits[start : start + own.numel()] = own
+    return state.peers.joined(bits)

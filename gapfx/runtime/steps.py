@@ -1,0 +1,221 @@
+"""The steps of one phase: what is trained, logged, evaluated and saved, and when it stops."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gapfx.errors import DivergedError, Interrupted
+from gapfx.ops.sparse_linear import preparation_seconds
+from gapfx.plan import Phase, Plan
+from gapfx.runtime.checkpoint import checkpoint_name, save_checkpoint
+from gapfx.runtime.engine import Engine, EngineOptions, LossFunction, OptimizerFactory, local_device
+from gapfx.runtime.evaluation import Evaluate, evaluated
+from gapfx.runtime.exchange import build_module, evaluation_module, fill_engine, give_back, take_state
+from gapfx.runtime.feed import Feed, to_model
+from gapfx.runtime.grow_prune import sparsity_now
+from gapfx.runtime.learning_rate import LrFactor, factor_at, warmup_cosine
+from gapfx.runtime.memory import peak_resident_bytes
+from gapfx.runtime.ranks import Peers
+from gapfx.runtime.state import TrainState
+from gapfx.runtime.teams import Team
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many steps lie between log lines, evaluations and checkpoints; 0 = only at phase ends."""
+
+    log: int = 10
+    evaluate: int = 0
+    checkpoint: int = 0
+    keep_checkpoints: int = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and how. `live` are the weights of which engines hold live values alone.
+
+    `regrow_warmup` is the length in steps of the warm-up of new weights (see gapfx.runtime.regrow), 0 for none. `emit`
+    receives events on every rank; `should_stop` is asked after every step and before every batch of an evaluation.
+    """
+
+    plan: Plan
+    module: nn.Module
+    feed: Feed
+    loss: LossFunction
+    optimizer: OptimizerFactory
+    engine: EngineOptions
+    checkpoints: Path
+    live: frozenset[str] = frozenset()
+    evaluate: Evaluate | None = None
+    lr: LrFactor = warmup_cosine
+    pace: Pace = field(default_factory=Pace)
+    seed: int = 0
+    regrow_warmup: int = 0
+    emit: Callable[[Event], None] = lambda event: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase of a job, as the ranks of one team run it for one replica."""
+
+    job: Job
+    skeleton: nn.Module
+    index: int
+    phase: Phase
+    began: float
+    team: Team
+    replica: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, with the sparsity to which this phase prunes."""
+        return self.job.plan.eased(self.index)
+
+    @property
+    def is_reset_next(self) -> bool:
+        """Whether the next phase begins with an empty optimizer state."""
+        following = self.job.plan.phases[self.index + 1 :]
+        return bool(following) and following[0].state == "reset"
+
+    @property
+    def grown(self) -> list[str]:
+        """FQNs of the weights that grow in this replica."""
+        groups = self.phase.grown_by(self.replica)
+        return [weight.fqn for group in groups for weight in self.job.plan.groups[group].weights]
+
+    def emit(self, event: str, step: int, **facts: Any) -> None:
+        """Tell what happened in the first replica, which stands for all."""
+        if self.replica == 0:
+            self.job.emit({"event": event, "step": step, "phase": self.index, **facts})
+
+
+def open_engine(run: PhaseRun, state: TrainState) -> Engine:
+    """An engine that holds the state from now on (collective)."""
+    job = run.job
+    options = job.engine.among(run.team.peers.size, job.feed.world_size)
+    module = build_module(job.plan, run.skeleton, state, job.live, options, run.team)
+    engine = Engine(module, job.optimizer, options, run.team)
+    fill_engine(engine, state)
+    module.train()
+    return engine
+
+
+def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
+    """Train to the end of the phase, after the evaluation that the state may owe.
+
+    Raises Interrupted after a checkpoint when a stop is asked for on any rank (a phase of replicas is given up: it has
+    no state in between), DivergedError on a loss that is not finite.
+    """
+    if state.owed:
+        _evaluate(run, engine.module, state)
+        stop_if_owed(state)
+    job, phase, pace = run.job, run.phase, run.job.pace
+    dtype = torch.bfloat16 if job.engine.dtype == "bf16" else None
+    device = local_device()
+    first, is_whole = state.step, phase.replicas == 1
+    feed = job.feed.among(run.team.peers.rank, run.team.peers.size)
+    preparation_seconds(reset=True)  # of kernels that another phase or a measurement has used
+    for offset, batches in enumerate(feed.steps(first, phase.stop)):
+        factor = factor_at(first + offset, phase, job.plan.num_steps, job.lr)
+        moved = (to_model(batch, device, dtype) for batch in batches)
+        result = engine.train_step(moved, job.loss, factor)
+        state.step = first + offset + 1
+        # Weights are lost with an infinite gradient, though the loss of this step is still a number.
+        value = math.inf if math.isinf(result.grad_norm) and math.isfinite(result.loss) else result.loss
+        loss, stop = _agree(run.team, value, job.should_stop(), state.step)
+        is_last = state.step == phase.stop
+        if is_last or _is_due(state.step, pace.log):
+            facts = {"loss": loss, "lr": engine.lr(factor), "grad_norm": result.grad_norm}
+            prepared = preparation_seconds(reset=True)
+            facts |= {"preparation_seconds": round(prepared, 4)} if prepared else {}
+            run.emit("step", state.step, **facts, seconds=time.monotonic() - run.began)
+        # Teams that train other replicas meanwhile take part, to hear of a stop.
+        if run.replica < run.team.count and (is_last or _is_due(state.step, pace.evaluate)):
+            state.owed = "trained"
+            if not stop:
+                _evaluate(run, engine.module, state)
+        stop = stop or bool(state.owed)
+        if is_whole and (stop or (not is_last and _is_due(state.step, pace.checkpoint))):
+            take_state(engine, state, is_last=False)
+            write_checkpoint(run, state)
+            give_back(engine, state)
+        if stop:
+            raise _stopped(state)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _agree(team: Team, loss: float, stop: bool, step: int) -> tuple[float, bool]:
+    """Mean loss of the team, and whether any rank of all wants to stop: one collective a step, or two for teams.
+
+    Raises DivergedError on every rank when the loss of any is not finite.
+    """
+    facts = torch.tensor([loss, float(stop), float(not math.isfinite(loss))], dtype=torch.float64)
+    facts = team.peers.total(facts)
+    mean = float(facts[0]) / team.peers.size
+    if team.count > 1:
+        facts = Peers.all().total(facts)
+    if float(facts[2]):
+        told = float(facts[0]) / Peers.all().size  # not finite, whichever replica's it is
+        whose = " of another replica" if math.isfinite(mean) else ""
+        raise DivergedError(
+            f"the loss{whose} is {told} at step {step}{', or a gradient is' if math.isinf(told) else ''}",
+            fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
+        )
+    return mean, float(facts[1]) > 0
+
+
+def _evaluate(run: PhaseRun, module: nn.Module, state: TrainState) -> None:
+    """Evaluate the first replica; the state goes on owing it when a stop is asked for meanwhile (collective)."""
+    if run.job.evaluate is not None:
+        module.eval()
+        evaluate = run.job.evaluate if run.replica == 0 else _nothing
+        metrics = evaluated(evaluate, module, Peers.all(), run.job.should_stop)
+        module.train()
+        if metrics is None:
+            return
+        run.emit("eval", state.step, metrics=metrics, sparsity=sparsity_now(state))
+    state.owed = ""
+
+
+def _nothing(module: nn.Module, before_batch: Callable[[], object]) -> dict[str, float]:
+    return {}
+
+
+def stop_if_owed(state: TrainState) -> None:
+    """Raise Interrupted when an evaluation was given up."""
+    if state.owed:
+        raise _stopped(state)
+
+
+def _stopped(state: TrainState) -> Interrupted:
+    return Interrupted(f"stopped after step {state.step}; continue with --resume")
+
+
+def evaluate_state(run: PhaseRun, state: TrainState) -> None:
+    """Evaluate what is left after a prune; the state owes it when a stop is asked for meanwhile (collective)."""
+    job = run.job
+    if job.evaluate is not None:
+        state.owed = "pruned"
+        with evaluation_module(job.plan, run.skeleton, state, job.live, job.engine) as module:
+            _evaluate(run, module, state)
+
+
+def write_checkpoint(run: PhaseRun, state: TrainState) -> None:
+    """Save the state (collective)."""
+    save_checkpoint(run.job.checkpoints, state, run.job.pace.keep_checkpoints)
+    peaks = state.peers.tell(peak_resident_bytes())
+    run.emit("checkpoint", state.step, path=checkpoint_name(state.step), peak_rss_bytes_by_rank=peaks)
