@@ -87,7 +87,7 @@ class Traffic:
         for name in self.NAMES:
             setattr(torch.distributed, name, self._counted(getattr(torch.distributed, name)))
         register_optimizer_step_post_hook(self._weigh)
-        atexit.register(self._write)
+        atexit.register(self.write)
 
     def _counted(self, plain: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(plain)
@@ -113,7 +113,8 @@ class Traffic:
         held = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         self._optimizer = max(self._optimizer, held)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Leave what was counted in the file that the environment names."""
         if "RANK" in os.environ and "TRAFFIC" in os.environ:
             steps = sorted(later - earlier for earlier, later in itertools.pairwise(self.marks))
             found = {"traffic": steps[len(steps) // 2] if steps else 0, "optimizer": self._optimizer}
@@ -147,7 +148,7 @@ loss = loss_of
 """
 
 PLAIN = """
-import sys, json, time, resource
+import sys, json, os, time, resource
 sys.path.insert(0, {folder!r})
 from tools.bench_memory import TRAFFIC, Gpt, loss_of, samples
 TRAFFIC.watch()
@@ -173,7 +174,11 @@ with process_group():
     torch.distributed.all_gather_object(peaks, peak)
     if torch.distributed.get_rank() == 0:
         median = sorted(seconds)[len(seconds) // 2]
-        json.dump({{"peaks": peaks, "base": base, "seconds": median}}, open(sys.argv[1], "w"))
+        with open(sys.argv[1], "w") as answer:
+            json.dump({{"peaks": peaks, "base": base, "seconds": median}}, answer)
+    TRAFFIC.write()
+# The engine still holds process groups: C++ may abort an interpreter that ends while their threads run.
+os._exit(0)
 """
 
 

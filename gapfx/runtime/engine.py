@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import math
 import os
@@ -78,7 +80,8 @@ class StepResult:
 def process_group() -> Generator[None]:
     """Membership of the process group that the environment describes; one that was joined before stays joined.
 
-    A group must be left before the interpreter ends: its threads run on, and C++ aborts a process that ends with them.
+    A group must be left before the interpreter ends: its threads run on, and C++ aborts a process that ends while one of
+    them still drops a tensor. They are joined when the last reference goes, so cycles of a released engine go first.
     """
     if torch.distributed.is_initialized():
         yield
@@ -89,6 +92,7 @@ def process_group() -> Generator[None]:
     finally:
         import deepspeed.comm.comm
 
+        gc.collect()
         deepspeed.comm.destroy_process_group()
         deepspeed.comm.comm.cdb = None  # else DeepSpeed takes the group that is gone for a live one
 
@@ -103,6 +107,8 @@ def _join_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed's own calls; nothing that a user could change.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
+    # Imported while a group is joined, its default arguments would hold the group for good; DeepSpeed imports it.
+    importlib.import_module("torch.distributed.nn.functional")
     # This op is compiled at init, serves inference alone, and a build that dies leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False, init_method=init_method())
