@@ -80,8 +80,8 @@ class StepResult:
 def process_group() -> Generator[None]:
     """Membership of the process group that the environment describes; one that was joined before stays joined.
 
-    A group must be left before the interpreter ends: its threads run on, and C++ aborts a process that ends while one of
-    them still drops a tensor. They are joined when the last reference goes, so cycles of a released engine go first.
+    A group must be left before the interpreter ends: its threads run on, and C++ aborts a process that ends while one
+    of them still drops a tensor. They are joined when the last reference goes, so cycles of a closed engine go first.
     """
     if torch.distributed.is_initialized():
         yield
