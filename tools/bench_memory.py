@@ -8,7 +8,8 @@ dense at any time; its peak covers the start, every phase boundary and every che
 steps, without any sparsity: with torch's AdamW as it comes, and with the fused one, which gapfx takes where a task says
 nothing. Peaks are those of the largest rank, and of each in turn; `above` is without what importing everything takes.
 `optimizer` is the most a rank's optimizer holds after a step: its state, and the weights that it updates, which at
-ZeRO 1 to 3 are the rank's share in fp32.
+ZeRO 1 to 3 are the rank's share in fp32. At ZeRO 3 the first two steps of a phase gather each weight twice, until
+DeepSpeed knows the order of uses; phases of the default length have hardly any other steps: give --steps 48.
 """
 
 from __future__ import annotations
