@@ -62,4 +62,4 @@ def test_fifty_phases_leave_nothing_behind(zero: int, tmp_path: Path) -> None:
     assert {tuple(counts[:2]) for counts in found} == {tuple(found[0][:2])}
     assert found[0][0] == 1
     assert at[50][2] == at[10][2]
-    assert at[50][3] - at[10][3] < 40 * 2**20
+    assert at[50][3] - at[10][3] < 12 * 2**20  # stage 3 leaves 28 when a closed engine's modules keep anything
