@@ -7,7 +7,7 @@ import pytest
 from gapfx.calibration import Case
 from gapfx.expectation import NOT_KNOWN, NOTHING_TO_GAIN, why_nothing
 from gapfx.passes.choose_kernels import Choice
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.runs import ROOT, gapfx
 
 LARGE, SMALL = Case((768, 768), (512,), 0.8), Case((8, 8), (4,), 0.8)
@@ -21,7 +21,7 @@ def test_a_large_layer_without_figures_is_not_called_too_small(case: Case, reaso
     assert why_nothing({"weight": Choice("expand", (case,), reason=reason)}) == text
 
 
-@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+@needs_kernels
 def test_stored_figures_are_not_compared_with_measured_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

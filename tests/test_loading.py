@@ -18,7 +18,7 @@ from gapfx.kernels import native
 from gapfx.loading import load_dense, load_run
 from gapfx.task import load_task
 from tests import runs
-from tests.kernels.needs import excuse
+from tests.kernels.needs import excuse, needs_kernels
 
 BATCHES = (0, 1, 3, 8, 64, 512)
 
@@ -120,7 +120,7 @@ def test_a_choice_may_be_forced_for_each_weight(run: Path) -> None:
         load_run(run, kernels={"nonsense": "dense"})
 
 
-@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+@needs_kernels
 def test_each_number_of_tokens_has_its_kernel(run: Path) -> None:
     loaded = load_run(run)
     assert {loaded.kernel("blocks.1.up.weight", tokens) for tokens in (1, 15)} <= {"mask", "columns"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gapfx.errors import UserError
 from gapfx.masks import bits_of, count_kept
 from gapfx.sparse import Compiled, CompileOptions, compile_model
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
 
 def compiled(model: nn.Module, first: Tensor, second: Tensor) -> Compiled:
@@ -76,7 +76,7 @@ def test_a_constant_in_a_trace_demotes_its_owner_to_reads() -> None:
     assert made.notes == (f"1: masked in form read, since {reason}",)
 
 
-@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+@needs_kernels
 def test_the_kernel_of_a_demoted_owner_is_no_longer_chosen() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Drawing(4, 4))
     options = CompileOptions(0.5, groups=1, form="compact", kernels="sparse", calibrate=False)

@@ -18,7 +18,7 @@ from gapfx.bench.inference import ModelTimer
 from gapfx.bench.run_verdict import run_verdicts
 from gapfx.bench.verdict import MODEL, format_findings
 from gapfx.errors import UserError
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.runs import TASK, gapfx
 
 LINEARS = 8
@@ -97,7 +97,7 @@ def test_what_onnx_cannot_take_is_told() -> None:
     assert reason.startswith("the export failed: ")
 
 
-@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+@needs_kernels
 def test_the_whole_model_is_timed_at_each_batch_and_rows_name_the_kernels(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

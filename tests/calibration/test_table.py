@@ -14,9 +14,8 @@ from gapfx.calibration.cache import folder, read_times, write_times
 from gapfx.calibration.measure import measure
 from gapfx.calibration.table import better
 from gapfx.ops.convolution import ConvSettings
-from tests.kernels.needs import excuse
+from tests.kernels.needs import excuse, needs_kernels
 
-needs_kernels = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
 LINEAR = Case((128, 96), (96,), 0.8)
 HUGE = '{"times": {"x": [1' + "0" * 400 + ", 2, 3]}}"
 SMALL = Case((8, 8), (4,), 0.8)

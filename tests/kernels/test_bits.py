@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gapfx.kernels import native
 from gapfx.masks import pack
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
 MANY = 200_003  # several threads
 SHARES = (0, 0.1, 0.5, 0.99, 1)

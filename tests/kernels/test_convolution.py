@@ -11,11 +11,11 @@ import torch
 from gapfx.kernels import convolution as kernels
 from gapfx.ops.convolution import ConvSettings
 from gapfx.ops.sparse_convolution import sparse_convolution
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.ops.compact import Weight, a_weight
 from tests.ops.convolutions import check, ours, settings_of
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 
 
 def small_settings() -> Iterator[tuple[int, int, int, int]]:

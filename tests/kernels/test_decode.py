@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gapfx.kernels import decode
 from gapfx.masks import pack
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 SHAPES = ((1, 1), (5, 7), (37, 130), (64, 64), (131, 256))
 SHARES = (0.0, 0.1, 0.5, 1.0)
 TOKENS = (1, 2, 3, 7, 8, 9, 15)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gapfx.kernels import histogram
 from gapfx.threshold import Keys, num_nan
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 MANY = 300_007  # several threads, several copies of the counts
 SIZES = (1, 2, 63, 64, 65, 1000, MANY)
 KINDS = {

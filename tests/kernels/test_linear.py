@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gapfx.kernels import linear
 from gapfx.masks import pack
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
 pytestmark = [
-    pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there"),
+    needs_kernels,
     pytest.mark.usefixtures("level"),
 ]
 SIDES = (1, 2, 5, 15, 16, 17, 33, 64, 65, 130)

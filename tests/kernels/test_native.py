@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gapfx.kernels import native
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 
 SCRIPT = """
 import torch
@@ -56,7 +56,7 @@ def test_torch_serves_when_they_are_not_there(content: bytes | None, reason: str
     assert run(given + SCRIPT, GAPFX_NATIVE="").startswith(reason)
 
 
-@pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+@needs_kernels
 def test_they_take_values_of_two_four_and_eight_bytes_on_the_cpu() -> None:
     assert native.can_take(torch.ones(1), torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64))
     assert not native.can_take(torch.ones(1, dtype=torch.int8))

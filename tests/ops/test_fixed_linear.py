@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 from gapfx.kernels.decode import quantised
 from gapfx.ops.fixed_linear import dense_weight, fixed_linear, layout_of, with_scales
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.ops.compact import a_weight
 
-need_kernels = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
 SHAPES = ((0, 40), (40,), (1, 40), (3, 5, 40), (2, 8, 40), (65, 40))
 
 
@@ -79,7 +78,7 @@ def test_a_bias_may_lie_apart_in_memory(tokens: int) -> None:
     torch.testing.assert_close(found, F.linear(x, weight.dense, bias), rtol=0, atol=1e-5)
 
 
-@need_kernels
+@needs_kernels
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_what_does_not_fit_is_refused_before_it_is_read(tokens: int) -> None:
     weight, x = a_weight(24, 40), torch.randn(tokens, 40)
@@ -121,7 +120,7 @@ def test_tensors_of_inference_mode_may_be_written_in_place() -> None:
         torch.testing.assert_close(fixed_linear(x, second.values, bits, None, (24, 40)), F.linear(x, second.dense))
 
 
-@need_kernels
+@needs_kernels
 def test_what_is_prepared_is_kept_until_bits_or_values_change() -> None:
     weight, shape = a_weight(24, 40), (24, 40)
     values, bits = weight.values, weight.bits

@@ -11,11 +11,11 @@ from gapfx.kernels import convolution as kernels
 from gapfx.masks import pack
 from gapfx.ops.convolution import ConvSettings, convolution
 from gapfx.ops.sparse_convolution import refusal, sparse_convolution
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.ops.compact import a_weight, bytes_kept
 from tests.ops.convolutions import gradients, settings_of
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 
 
 def test_unbatched_inputs_are_batches_of_one() -> None:

@@ -15,10 +15,10 @@ from gapfx.kernels import linear as kernels
 from gapfx.masks import pack
 from gapfx.ops.linear import linear
 from gapfx.ops.sparse_linear import preparation_seconds, refusal, sparse_linear
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.ops.compact import Weight, a_weight, bytes_kept, run
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 SHAPES = ((4, 32), (2, 16, 32), (32,), (0, 32), (1, 32), (3, 1, 32))
 
 

@@ -19,10 +19,10 @@ from gapfx.ops.sparse_linear import sparse_linear
 from gapfx.passes import AllocateSparsity, ChooseKernels, LowerCompact, LowerSparse, Partition, default_pipeline
 from gapfx.passes.choose_kernels import KernelChoices
 from gapfx.text import format_graph
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.models import captured
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they are here")
+pytestmark = needs_kernels
 
 
 class Layers(nn.Module):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.runs import TASK, assert_same_bits, events, gapfx, weights
 
-pytestmark = pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there")
+pytestmark = needs_kernels
 RUN = ("--rounds", 1, "--phase-epochs", 0.25, "--finetune-epochs", 0.25, "--groups", 3)
 SPARSE, EXPAND = ("--kernels", "sparse", "--no-calibrate"), ("--kernels", "expand")
 # Sums in another order; a step of AdamW makes of a rounded gradient near zero at most a step of its learning rate.

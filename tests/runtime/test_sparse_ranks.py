@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.needs import excuse
+from tests.kernels.needs import needs_kernels
 from tests.runs import TASK, finish, weights
 
 pytestmark = [
-    pytest.mark.skipif(bool(excuse()), reason=excuse() or "they must be there"),
+    needs_kernels,
     pytest.mark.distributed,
 ]
 FLAGS = ("--batch-size", 32, "--micro-batch", 16, "--phase-epochs", 0.25, "--finetune-epochs", 0.25)
