@@ -13,24 +13,14 @@ from torch import Tensor, nn
 
 from gapfx.errors import UserError
 from gapfx.plan import Plan
-from gapfx.runtime.engine import Engine, EngineOptions, process_group
+from gapfx.runtime.engine import Engine, EngineOptions
 from gapfx.runtime.exchange import build_module, fill_engine, take_state
 from gapfx.runtime.grow_prune import layout_of
-from gapfx.runtime.launch import single_process_environment
 from gapfx.runtime.skeleton import skeleton_of
 from gapfx.runtime.state import TrainState, whole
-from tests.runs import no_rank_left_behind
 
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process_group() -> Iterator[None]:
-    with no_rank_left_behind():
-        if not torch.distributed.is_initialized():
-            single_process_environment()
-        with process_group():
-            yield
+pytestmark = pytest.mark.usefixtures("in_process_group")
 
 
 def make_model() -> nn.Module:

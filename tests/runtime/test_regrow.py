@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,19 @@ from torch import Tensor, nn
 from gapfx.errors import UserError
 from gapfx.masks import pack
 from gapfx.plan import Plan
-from gapfx.runtime.engine import Engine, EngineOptions, process_group
+from gapfx.runtime.engine import Engine, EngineOptions
 from gapfx.runtime.exchange import build_module, fill_engine, take_state
 from gapfx.runtime.grow_prune import layout_of
-from gapfx.runtime.launch import single_process_environment
 from gapfx.runtime.regrow import Grown, regrowth
 from gapfx.runtime.skeleton import skeleton_of
 from gapfx.runtime.state import TrainState
-from tests.runs import TASK, assert_same_bits, gapfx, no_rank_left_behind, weights
+from tests.runs import TASK, assert_same_bits, gapfx, weights
 
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.99), 1e-12
 FIRST, SECOND, RAMP = 6, 9, 4  # steps of the phases, and of the warm-up
 FQN = "2.weight"
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process_group() -> Iterator[None]:
-    with no_rank_left_behind():
-        if not torch.distributed.is_initialized():
-            single_process_environment()
-        with process_group():
-            yield
+pytestmark = pytest.mark.usefixtures("in_process_group")
 
 
 def make_model() -> nn.Module:
