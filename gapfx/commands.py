@@ -70,7 +70,7 @@ def train_task(
     out = out or source.default_out(settings.method)
     request = Request(
         out=out,
-        resume=resume or _is_restarted(out),
+        resume=resume,
         force=force,
         plan=plan,
         observer=_print_pass if show_passes else None,
@@ -81,11 +81,6 @@ def train_task(
 
         print(format_summary(request.out))
     return 0
-
-
-def _is_restarted(out: Path) -> bool:
-    """Whether torchrun has started this rank again, after one was lost, and there is something to continue."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / "config.json").is_file()
 
 
 @dataclass(frozen=True)

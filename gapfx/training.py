@@ -27,7 +27,7 @@ from gapfx.recording import Recording
 from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import check_model, load_checkpoint
-from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, local_device, process_group
+from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, local_device, optimizer_for, process_group
 from gapfx.runtime.evaluation import Evaluate
 from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.grow_prune import check_prunes
@@ -36,6 +36,7 @@ from gapfx.runtime.loop import initial_state, train
 from gapfx.runtime.memory import keep_activations_alone, largest_activation, returning_memory
 from gapfx.runtime.paged import in_files
 from gapfx.runtime.ranks import Peers, on_rank_0, told_by_rank_0
+from gapfx.runtime.rendezvous import is_restarted
 from gapfx.runtime.seeds import seed_everything
 from gapfx.runtime.skeleton import hollow, skeleton_of
 from gapfx.runtime.steps import Job, Pace
@@ -73,6 +74,8 @@ def run_training(task: Task, settings: Settings, request: Request) -> dict[str, 
 
 def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
     run = RunDir(request.out)
+    if is_restarted() and told_by_rank_0(run.config.is_file):
+        request = dataclasses.replace(request, resume=True)
     on_rank_0(lambda: _check_run(run, settings, request))
     plan = saved = run.saved_plan() if request.resume else None
     run.check_plan(request.plan, saved)
@@ -86,11 +89,12 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
         compiled = compile_task(task, asked, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
     check_prunes(plan)
+    job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
+    optimizer_for(job.module, job.optimizer, job.engine)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
     on_rank_0(
         lambda: None if request.resume else run.create(settings, plan, (task.path, task.entry), force=request.force)
     )
-    job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     keep_activations_alone(largest_activation(plan, compute_dtype(job.engine).itemsize))
     return _train(task, settings, request, run, job, compiled.notes)
 

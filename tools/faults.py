@@ -2,18 +2,21 @@
 
     python tools/faults.py
     python tools/faults.py --kills 10 --damages 4 --nproc 1
+    python tools/faults.py --kills 20 --damages 0 --zero 3 --method pgap
 
 Every run trains a small model on two ranks in fp32 with a checkpoint every three steps. A kill is SIGKILL to one rank
-or to the launcher, at a random moment; every fifth is timed by the victim itself, inside a save or inside the exchange
-at a phase boundary. After a kill the run is resumed until it ends. Damages hit the newest checkpoint of a run that was
-cut: truncated, bit-flipped and missing files, and a disk that is full at a save. Each trial must end in the bits of the
-undisturbed run, or be refused with exit code 2 and a message. One line a kind, with counts; exit code 1 if any failed.
+or to the launcher, at a random moment; every fifth is timed by the victim itself, inside a save or inside the
+exchange at a phase boundary. Kills at random are told apart by whether the process had trained a step. After a kill
+the run is resumed until it ends. Damages hit the newest checkpoint of a run that was cut: truncated, bit-flipped and
+missing files, and a disk that is full at a save. Each trial must end in the bits of the undisturbed run, or be
+refused with exit code 2 and a message. One line a kind, with counts; exit code 1 if any failed.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -65,11 +68,13 @@ class Bench:
     folder: Path
     nproc: int
     draw: random.Random
+    flags: tuple[str, ...] = ()
 
     def start(self, out: Path, **environment: str) -> subprocess.Popen[str]:
         """A run, or its continuation."""
         flags = ["--out", str(out), "--nproc", str(self.nproc), "--checkpoint-every", "3", "--rounds", "1"]
-        flags += ["--state", "carry", *(["--resume"] if (out / "config.json").exists() else [])]
+        flags += ["--state", "carry", "--log-every", "1", *self.flags]
+        flags += ["--resume"] if (out / "config.json").exists() else []
         return subprocess.Popen(
             [sys.executable, "-m", "gapfx", "sparsify", str(self.folder / "task.py"), *flags],
             cwd=ROOT,
@@ -100,6 +105,8 @@ def kill(bench: Bench, out: Path, *, by_itself: bool) -> str:
         code, err = bench.finish(out, FAULT=f"{point}:{victim}:{bench.draw.randint(1, 3)}")
         assert not code or code == -signal.SIGKILL or "was killed by signal 9" in err, err
         return f"killed in {point}" if code else "ended first"
+    metrics = out / "metrics.jsonl"
+    before = metrics.read_text() if metrics.exists() else ""
     process = bench.start(out)
     time.sleep(bench.draw.uniform(2.5, 6.5))
     try:
@@ -111,7 +118,16 @@ def kill(bench: Bench, out: Path, *, by_itself: bool) -> str:
         victims = []
     process.communicate(timeout=120)
     time.sleep(0.3)
-    return "killed at random" if victims and process.returncode else "ended first"
+    if not victims or not process.returncode:
+        return "ended first"
+    after = metrics.read_text() if metrics.exists() else ""
+    return "killed while training" if _last_step(after) > _last_step(before) else "killed before its first step"
+
+
+def _last_step(metrics: str) -> int:
+    """The last step that was logged whole, 0 if none."""
+    found = re.findall(r'"event": "step", "step": ([0-9]+).*}', metrics)
+    return int(found[-1]) if found else 0
 
 
 def cut_run(bench: Bench, out: Path) -> None:
@@ -155,11 +171,13 @@ def main(
     damages: Annotated[int, typer.Option(help="Damages of each kind.")] = 5,
     nproc: Annotated[int, typer.Option(help="Ranks.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of moments and victims.")] = 0,
+    zero: Annotated[int, typer.Option(help="ZeRO stage.")] = 1,
+    method: Annotated[str, typer.Option(help="Method of the runs.")] = "gap",
 ) -> None:
     """Print one line a kind of fault."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), nproc, random.Random(seed))
+        bench = Bench(Path(folder), nproc, random.Random(seed), ("--zero", str(zero), "--method", method))
         (bench.folder / "task.py").write_text(TASK.format())
         code, err = bench.finish(bench.folder / "undisturbed")
         assert code == 0, err

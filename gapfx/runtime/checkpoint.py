@@ -29,6 +29,7 @@ from gapfx.runtime.slice_files import TABLES, read_slices, slice_file
 from gapfx.runtime.state import OptimizerState, Spread, TrainState, bytes_of
 
 FORMAT_VERSION = 3
+_REPLACED = ".replaced-"
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, safetensors.SafetensorError)
 
 
@@ -73,6 +74,7 @@ def load_checkpoint(directory: Path, peers: Peers | None = None) -> tuple[TrainS
     Raises CheckpointError when there are checkpoints but none of them is whole.
     """
     peers = peers or Peers()
+    on_first(peers, lambda: _put_back(directory))
     [names, *_] = peers.tell([path.name for path in _step_directories(directory).values()])
     problems: list[str] = []
     for name in reversed(names):
@@ -115,9 +117,20 @@ def _step_directories(directory: Path) -> dict[int, Path]:
 
 def _begin(directory: Path, temporary: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    _put_back(directory)
     for left_over in directory.glob(".writing-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir()
+
+
+def _put_back(directory: Path) -> None:
+    """Undo the first half of a replacement that was killed before the second."""
+    for aside in directory.glob(f"{_REPLACED}step-*"):
+        final = directory / aside.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(final)
 
 
 def _write_slices(directory: Path, state: TrainState) -> None:
@@ -159,7 +172,7 @@ def _finish(temporary: Path, final: Path, state: TrainState) -> None:
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (temporary / "state.json", temporary / "manifest.json", temporary):
         _sync(path)
-    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():  # deleting it takes a while, in which there would be neither
         final.rename(replaced)
     temporary.rename(final)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from gapfx.errors import UserError
 from gapfx.ops.recompute import without_dense
 from gapfx.runtime.deepspeed_config import deepspeed_config, for_fewer_ranks, own_config
 from gapfx.runtime.memory import release_free_memory
+from gapfx.runtime.optimizers import OptimizerFactory, check_optimizer, make_optimizer
 from gapfx.runtime.rendezvous import init_method
 from gapfx.runtime.shards import EvenShards, FlatShards, Shards, WholeShards
 from gapfx.runtime.teams import Team, all_in_one_team
 
 Dtype = Literal["fp32", "bf16"]
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -111,7 +111,27 @@ def _join_process_group() -> None:
     importlib.import_module("torch.distributed.nn.functional")
     # This op is compiled at init, serves inference alone, and a build that dies leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    take_device()
     deepspeed.init_distributed(verbose=False, init_method=init_method())
+
+
+def take_device() -> None:
+    """Take this rank's own device of the machine, before a collective or a tensor would be put on the first one.
+
+    Raises UserError where there are more ranks than GPUs.
+    """
+    import deepspeed.accelerator
+
+    if not torch.cuda.is_available():
+        return
+    accelerator: Any = deepspeed.accelerator.get_accelerator()
+    number, local = int(accelerator.device_count()), int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= number:
+        raise UserError(
+            f"rank {os.environ.get('RANK', local)} would be number {local + 1} on a machine with {number} GPUs",
+            fix=f"start at most {number} ranks a machine, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
+        )
+    accelerator.set_device(local)
 
 
 def check_config(options: EngineOptions, world_size: int) -> None:
@@ -155,6 +175,13 @@ def compute_dtype(options: EngineOptions) -> torch.dtype:
     return torch.bfloat16 if options.dtype == "bf16" else torch.float32
 
 
+def optimizer_for(module: nn.Module, factory: OptimizerFactory, options: EngineOptions) -> torch.optim.Optimizer:
+    """The task's optimizer for the module. Raises UserError for one that an engine with these options cannot have."""
+    made = make_optimizer(factory, [p for p in module.parameters() if p.requires_grad])
+    check_optimizer(made, in_parts=bool(options.zero_stage) or options.is_live)
+    return made
+
+
 class Engine:
     """One phase's engine. `module` is the module that it trains; use `close` before the next one is opened.
 
@@ -167,9 +194,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        made = cast(object, optimizer([p for p in module.parameters() if p.requires_grad]))
-        if not isinstance(made, torch.optim.Optimizer):
-            raise UserError(f"optimizer(params) returned a {type(made).__name__}", fix="return a torch.optim.Optimizer")
+        made = optimizer_for(module, optimizer, options)
         given = {id(p): index for index, group in enumerate(made.param_groups) for p in group["params"]}
         self.trained = {fqn: p for fqn, p in module.named_parameters() if p.requires_grad and id(p) in given}
         self.group_of = {fqn: given[id(parameter)] for fqn, parameter in self.trained.items()}

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from gapfx.runtime.ranks import Peers
+
 _DISTRIBUTED: Any = torch.distributed
 _SCHEME = "gapfx"
 _POLL_SECONDS = 0.02
@@ -49,6 +51,14 @@ def init_method() -> str | None:
         return None
     _register()
     return f"{_SCHEME}://"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started any rank of the group again after one was lost (collective).
+
+    A machine that came in its place counts no restarts of its own.
+    """
+    return any(Peers.all().tell(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
 
 
 @cache

@@ -152,10 +152,19 @@ def scalars(shards: Shards, optimizer: Any) -> list[dict[str, tuple[float | int,
 def make_state(shards: Shards, optimizer: Any, state: OptimizerState) -> None:
     """Create the optimizer state that is otherwise made at the first step, moments at 0."""
     for index, tensor in shards.stored():
+        group = optimizer.param_groups[index]
         for key, (value, is_tensor) in state.scalars[index].items():
-            optimizer.state[tensor][key] = torch.tensor(float(value)) if is_tensor else value
+            optimizer.state[tensor][key] = (
+                torch.tensor(float(value), device=_home(group, tensor)) if is_tensor else value
+            )
         for key in state.moments:
             optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
+
+
+def _home(group: Any, tensor: Tensor) -> torch.device:
+    """Where torch's optimizers keep the number of steps: beside the weight when one kernel reads both."""
+    is_beside = group.get("fused") or group.get("capturable")
+    return tensor.device if is_beside else torch.device("cpu")
 
 
 def _is_moment(value: object) -> bool:

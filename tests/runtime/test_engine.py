@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gapfx.errors import UserError
 from gapfx.plan import Plan
-from gapfx.runtime.engine import Engine, EngineOptions
+from gapfx.runtime.engine import Engine, EngineOptions, take_device
 from gapfx.runtime.exchange import build_module, fill_engine, take_state
 from gapfx.runtime.grow_prune import layout_of
 from gapfx.runtime.skeleton import skeleton_of
@@ -248,3 +248,30 @@ def test_an_optimizer_function_must_give_an_optimizer() -> None:
 
     with pytest.raises(UserError, match=r"optimizer\(params\) returned a list"):
         opened(make_model(), wrong, EngineOptions(4))
+
+
+class Cards:
+    """A machine with GPUs, as DeepSpeed's accelerator tells of it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.taken = number, list[int]()
+
+    def device_count(self) -> int:
+        return self.number
+
+    def set_device(self, index: int) -> None:
+        self.taken.append(index)
+
+
+def test_each_rank_takes_its_own_gpu_before_any_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.accelerator
+
+    cards = Cards(4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: cards)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    take_device()
+    assert cards.taken == [3]
+    cards.number = 2
+    with pytest.raises(UserError, match="would be number 4 on a machine with 2 GPUs"):
+        take_device()
