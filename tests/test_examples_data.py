@@ -16,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from gapfx.errors import UserError
+from tools.sources.fashion import check_fashion, fashion_arrays, first_of_each_class, pack
+from tools.sources.packages import check_size, fetch
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "examples" / "data"
@@ -44,11 +46,6 @@ def fashion() -> Any:
 @pytest.fixture(scope="module")
 def text() -> Any:
     return load("examples/text.py")
-
-
-@pytest.fixture(scope="module")
-def get_data() -> Any:
-    return load("tools/get_data.py")
 
 
 def idx_files(num_train: int = 60_000, num_val: int = 10_000) -> dict[str, bytes]:
@@ -187,41 +184,41 @@ def test_rotary_scores_depend_on_distance_alone(text: Any) -> None:
     assert abs(scores[5, 2] - scores[40, 2]) > 1e-3
 
 
-def test_the_tool_takes_the_first_images_of_each_class(get_data: Any) -> None:
-    arrays = get_data.fashion_arrays(idx_files())
-    get_data.check_fashion(arrays)
-    subset = get_data.first_of_each_class(arrays)
+def test_the_tool_takes_the_first_images_of_each_class() -> None:
+    arrays = fashion_arrays(idx_files())
+    check_fashion(arrays)
+    subset = first_of_each_class(arrays)
     assert subset["train_images"].shape == (12_000, 28, 28)
     assert subset["val_labels"].tolist() == arrays["val_labels"][:3_000].tolist()
 
 
-def test_packed_arrays_read_back_and_are_equal_bytes_each_time(get_data: Any, tmp_path: Path) -> None:
+def test_packed_arrays_read_back_and_are_equal_bytes_each_time(tmp_path: Path) -> None:
     arrays = {"train_images": np.arange(784, dtype=np.uint8).reshape(1, 28, 28)}
-    (tmp_path / "a.npz").write_bytes(get_data.pack(arrays))
-    assert get_data.pack(arrays) == (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(pack(arrays))
+    assert pack(arrays) == (tmp_path / "a.npz").read_bytes()
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["train_images"], arrays["train_images"])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda tool: tool.check_fashion(tool.fashion_arrays(idx_files(59_999))), "expected 60000 train images"),
-        (lambda tool: tool.fashion_arrays({}), "holds no train-images-idx3-ubyte.gz"),
-        (lambda tool: tool.check_size(b"short", 10, "gensim"), "at least 10 bytes of text from gensim, got 5"),
+        (lambda: check_fashion(fashion_arrays(idx_files(59_999))), "expected 60000 train images"),
+        (lambda: fashion_arrays({}), "holds no train-images-idx3-ubyte.gz"),
+        (lambda: check_size(b"short", 10, "gensim"), "at least 10 bytes of text from gensim, got 5"),
     ],
 )
-def test_a_wrong_data_set_is_refused(get_data: Any, call: Callable[[Any], None], message: str) -> None:
+def test_a_wrong_data_set_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        call(get_data)
+        call()
 
 
-def test_a_finished_download_is_used_again_and_a_failed_one_leaves_nothing(get_data: Any, tmp_path: Path) -> None:
+def test_a_finished_download_is_used_again_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
     create = [sys.executable, "-c", "open('thing-1', 'w').close()"]
-    assert get_data.fetch("thing", "thing-*", create, tmp_path, fix="").name == "thing-1"
+    assert fetch("thing", "thing-*", create, tmp_path, fix="").name == "thing-1"
     fail = [sys.executable, "-c", "open('other-1', 'w').close(); raise SystemExit('no such package')"]
-    assert get_data.fetch("thing", "thing-*", fail, tmp_path, fix="").name == "thing-1"
+    assert fetch("thing", "thing-*", fail, tmp_path, fix="").name == "thing-1"
     with pytest.raises(UserError, match="the package other cannot be downloaded: no such package"):
-        get_data.fetch("other", "other-*", fail, tmp_path, fix="")
+        fetch("other", "other-*", fail, tmp_path, fix="")
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["thing-1"]
 
 
