@@ -7,6 +7,7 @@ program; any report ends it with an error.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from gapfx.kernels import native
 
 COMPILER = shutil.which("g++") or shutil.which("c++") or ""
+EXPORT = re.compile(r"GAPFX_API [\w:*]+\s+(gapfx_(?!abi|level)\w+)\(")
 FLAGS = ("-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Threads of OpenMP keep their memory until the process ends.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "3"}
@@ -29,6 +31,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
+
+
+def test_every_exported_kernel_is_called() -> None:
+    exported = {name for path in native.FOLDER.glob("*.cpp") for name in EXPORT.findall(path.read_text())}
+    called = Path(__file__).with_name("sanitized.cpp").read_text()
+    assert {"gapfx_expand", "gapfx_decode", "gapfx_convolution_forward"} <= exported
+    missing = [name for name in exported if len(re.findall(rf"\b{name}\(", called)) < 2]
+    assert missing == []
 
 
 @pytest.mark.slow
