@@ -220,6 +220,23 @@ def passes_command() -> None:
 
 
 @app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="TOML file that names a task, methods, sparsities and seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/STUDY by default.")] = None,
+    parallel: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.", min=1)] = 1,
+    collect: Annotated[bool, typer.Option("--collect", help="Train nothing: show what is finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on a task at equal epochs and at equal operations, with tables and a page."""
+    from gapfx.commands import compare_study
+
+    with _alone_on_stdout(as_json):
+        text = compare_study(study, out, parallel, collect=collect, as_json=as_json)
+    typer.echo(text)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: Debug = False) -> None:
     """Write RUN/report.html again and show the result."""
     from gapfx.commands import show_report

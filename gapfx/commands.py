@@ -256,6 +256,34 @@ def describe_passes() -> str:
     return "\n".join(lines)
 
 
+def compare_study(path: Path, out: Path | None, parallel: int, *, collect: bool, as_json: bool) -> str:
+    """Train what is missing of a study, write its files, and give its tables."""
+    from gapfx.compare.cost import Costs
+    from gapfx.compare.execute import Runner
+    from gapfx.compare.outcomes import rows_of
+    from gapfx.compare.page import write_page
+    from gapfx.compare.study import read_study
+    from gapfx.compare.table import as_json as json_of
+    from gapfx.compare.table import markdown, text
+    from gapfx.run_dir import write_atomically
+
+    study, out = read_study(path), out or Path("runs") / path.stem
+    runner = Runner(
+        Costs(study, lambda given: Source(study.task, "", given).load()),
+        out,
+        parallel,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    outcomes = list(runner.outcomes(study.trials())) if collect else runner.run(study.trials())
+    if not outcomes:
+        raise UserError(f"no run of the study is finished in {out}", fix="leave --collect out to train them")
+    rows = rows_of(study, outcomes)
+    write_atomically(out / "comparison.json", json_of(rows, study.metric))
+    write_atomically(out / "comparison.md", markdown(rows, study.metric) + "\n")
+    page = write_page(out / "comparison.html", study, rows)
+    return json_of(rows, study.metric) if as_json else f"{text(rows, study.metric)}\n\n{page}"
+
+
 def show_report(run: Path) -> str:
     """Write the report of a run directory and give its path and summary."""
     from gapfx.report import format_summary, write_report

@@ -116,6 +116,7 @@ def _sparsity_facts(job: Job, state: TrainState) -> dict[str, Any]:
         "sparsity_target": plan.sparsity,
         "sparsity_actual": sparsity_now(state),
         "sparsity_model": zeros / num_parameters,
+        "num_parameters": num_parameters,
         "per_weight": {
             w.fqn: {"numel": w.numel, "kept": kept[w.fqn], "group": plan.groups[group_of[w.fqn]].name}
             for w in plan.weights()

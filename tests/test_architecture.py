@@ -73,6 +73,8 @@ MAY_IMPORT = {
     "loading": "errors plan masks kernels ops task run_dir compiler passes sparse training",
     "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
     "loading",
+    "flops": "plan",
+    "compare": "errors plan schedule settings task run_dir quantities report results training flops",
     "commands": EVERYTHING,
     "cli": "errors commands doctor kernels",
 }
@@ -82,6 +84,7 @@ TOP_PARTS = {
     "bench",
     "cli",
     "commands",
+    "compare",
     "loading",
     "model_file",
     "recording",

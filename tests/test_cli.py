@@ -115,8 +115,8 @@ def test_a_run_leaves_every_file_and_counts_exactly(tmp_path: Path) -> None:
     assert names == files | {"report.html", "task.json"}
     assert [event["event"] for event in events(run, "start") + events(run, "end")] == ["start", "end"]
     facts = summary(run)
-    keys = "method sparsity_target sparsity_actual sparsity_model per_weight groups phases metrics seconds"
-    keys += " peak_rss_bytes peak_rss_bytes_by_rank world_size zero_stage form seed versions"
+    keys = "method sparsity_target sparsity_actual sparsity_model num_parameters per_weight groups phases metrics"
+    keys += " seconds peak_rss_bytes peak_rss_bytes_by_rank world_size zero_stage form seed versions"
     assert set(facts) == set(keys.split())
     kept = sum(weight["kept"] for weight in facts["per_weight"].values())
     numel = sum(weight["numel"] for weight in facts["per_weight"].values())

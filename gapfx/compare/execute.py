@@ -1,0 +1,142 @@
+"""Trains what is missing of a study, several runs at once, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gapfx.compare.cost import Costs
+from gapfx.compare.outcomes import FACTS, Outcome, read_outcome
+from gapfx.compare.study import Trial
+from gapfx.errors import Interrupted, UserError
+from gapfx.flops import training_flops
+from gapfx.plan import Plan
+from gapfx.run_dir import RunDir, write_atomically
+
+_POLL_SECONDS = 0.05
+
+
+@dataclass
+class Runner:
+    """Starts runs of one task below `out`, at most `parallel` at once; `tell` says what has ended."""
+
+    costs: Costs
+    out: Path
+    parallel: int
+    tell: Callable[[str], None]
+    _running: list[tuple[Trial, subprocess.Popen[str]]] = field(default_factory=list[Any])
+
+    def run(self, trials: Iterable[Trial]) -> list[Outcome]:
+        """Outcomes of all trials; those that are there are taken as they are.
+
+        Raises UserError when a run fails or was made with other settings, Interrupted on Ctrl-C, after the runs have
+        saved: the same command goes on from there.
+        """
+        wanted = list(trials)
+        missing = [trial for trial in wanted if not self._is_there(trial)]
+        try:
+            self._train(iter(missing), len(missing))
+        except KeyboardInterrupt:
+            self._stop()
+            raise Interrupted("the runs have saved; the same command goes on from there") from None
+        except BaseException:
+            self._stop()
+            raise
+        return list(self.outcomes(wanted))
+
+    def outcomes(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
+        """Outcomes of the trials that are finished."""
+        for trial in trials:
+            found = read_outcome(trial, self.out / trial.name, self.costs.study.metric)
+            if found is not None:
+                yield found
+
+    def _is_there(self, trial: Trial) -> bool:
+        folder = self.out / trial.name
+        run = RunDir(folder)
+        if not run.config.is_file():
+            return False
+        _, settings = self.costs.load(self.costs.given(trial))
+        if run.settings() != settings:
+            raise UserError(
+                f"{folder} was made with other settings than the study has now",
+                fix="give another --out, or delete that run",
+            )
+        if run.summary.is_file() and not (folder / FACTS).is_file():
+            self._note_cost(trial)
+        return run.summary.is_file()
+
+    def _train(self, missing: Iterator[Trial], count: int) -> None:
+        done, is_more = 0, True
+        while is_more or self._running:
+            while is_more and len(self._running) < self.parallel:
+                trial = next(missing, None)
+                is_more = trial is not None
+                if trial is not None:
+                    self._running.append((trial, self._start(trial)))
+            for trial, process in [each for each in self._running if each[1].poll() is not None]:
+                done += 1
+                self._running.remove((trial, process))
+                self._finish(trial, process)
+                self.tell(f"{done} of {count}: {trial.name}")
+            time.sleep(_POLL_SECONDS)
+
+    def _start(self, trial: Trial) -> subprocess.Popen[str]:
+        folder = self.out / trial.name
+        resume = ["--resume"] if (folder / "config.json").is_file() else []
+        flags = flags_of(self.costs.given(trial))
+        command = [sys.executable, "-m", "gapfx", "sparsify", self.costs.study.task, "--out", str(folder), *flags]
+        threads = str(max(1, (os.cpu_count() or 1) // self.parallel))
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        return subprocess.Popen(
+            [*command, *resume],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _finish(self, trial: Trial, process: subprocess.Popen[str]) -> None:
+        _, told = process.communicate()
+        if process.returncode:
+            raise UserError(
+                f"the run {trial.name} ended with {process.returncode}: {told.strip()[-500:]}",
+                where=str(self.out / trial.name),
+                fix="mend the task or the study and give the command again: finished runs are kept",
+            )
+        self._note_cost(trial)
+
+    def _note_cost(self, trial: Trial) -> None:
+        plan = Plan.load(RunDir(self.out / trial.name).plan)
+        facts = {"flops": training_flops(plan, self.costs.forward()), "epochs": self.costs.epochs(plan)}
+        write_atomically(self.out / trial.name / FACTS, json.dumps(facts))
+
+    def _stop(self) -> None:
+        """Ask the runs to save and end, and wait for them."""
+        for _, process in self._running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for _, process in self._running:
+            process.communicate()
+
+
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags of `gapfx sparsify`."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            many = value if isinstance(value, (list, tuple)) else [value]
+            flags += [part for one in many for part in (flag, str(one))]
+    return flags

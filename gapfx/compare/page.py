@@ -1,0 +1,93 @@
+"""The page of a comparison: the metric against sparsity, operations and bytes, and the tables, in one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from gapfx.compare.outcomes import Row
+from gapfx.compare.study import CONTROL, Study
+from gapfx.compare.table import HEADS, cells, columns
+from gapfx.quantities import format_number
+from gapfx.report.curves import figure
+from gapfx.report.frame import MARKERS, Frame, curve, group_hue, hue_style, marker
+from gapfx.report.markup import Markup, join, tag
+from gapfx.report.scale import padded
+
+Place = Callable[[Row], float]
+AXES: tuple[tuple[str, str, Place], ...] = (
+    ("sparsity", "share of zeros in the planned weights", lambda row: row.sparsity),
+    (
+        "operations of the training",
+        "multiplications and additions in billions, counted for the sparse form",
+        lambda row: row.flops / 1e9,
+    ),
+    ("bytes of the live weights", "KiB of fp32 values and masks", lambda row: row.live_bytes / 1024),
+)
+
+
+def write_page(path: Path, study: Study, rows: Sequence[Row]) -> Path:
+    """Write the page and return its path."""
+    sections = [_section(study, budget, rows) for budget in dict.fromkeys(row.budget for row in rows)]
+    head = (
+        Markup('<meta charset="utf-8">'),
+        tag("title", f"{Path(study.task).stem}: methods compared"),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta name="color-scheme" content="light dark">'),
+        tag("style", Markup(files("gapfx.report").joinpath("style.css").read_text(encoding="utf-8"))),
+    )
+    title = tag("header", tag("p", "gapfx compare", class_="over"), tag("h1", Path(study.task).stem), _story(study))
+    body = tag("body", tag("main", title, *sections))
+    path.write_text(f"<!doctype html>\n{tag('html', tag('head', *head), body, lang='en')}\n", encoding="utf-8")
+    return path
+
+
+def _story(study: Study) -> Markup:
+    words = (
+        f"{len(study.contenders)} methods, {len(study.seeds)} seeds. Methods of one seed share initial weights and the "
+        f"order of data. The {study.metric} is that of the validation data after the last step; p is of no difference "
+        f"from the dense run of the same seed, by an exact sign-flip test: {len(study.seeds)} seeds give at least "
+        f"{2 / 2 ** len(study.seeds):.2g}."
+    )
+    return tag("p", words, class_="story")
+
+
+def _section(study: Study, budget: str, rows: Sequence[Row]) -> Markup:
+    own = [row for row in rows if row.budget == budget]
+    charts = [_chart(study, own, *axis) for axis in AXES]
+    return tag("section", tag("h2", HEADS[budget]), *charts, _table(own, study.metric), id=budget)
+
+
+def _chart(study: Study, rows: Sequence[Row], title: str, unit: str, place: Place) -> Markup:
+    names = [contender.name for contender in study.contenders]
+    x, y = padded([place(row) for row in rows]), padded([row.value.mean for row in rows])
+    frame = Frame(f"{study.metric} against {title}", "a point a method and sparsity, mean over seeds", x, y, 260, unit)
+    parts: list[Markup] = []
+    for index, name in enumerate(names):
+        own = sorted((row for row in rows if row.name == name), key=place)
+        hue = group_hue(index, len(names))
+        if len(own) > 1:
+            parts.append(curve(tuple((place(row), row.value.mean) for row in own), frame, "line thin", hue))
+        parts += [marker(place(row), row.value.mean, frame, index, hue, _words(row)) for row in own]
+    return figure(frame, study.metric, *parts, legend=_legend(names))
+
+
+def _words(row: Row) -> str:
+    at = "" if row.name == CONTROL else f" at {row.sparsity:.0%}"
+    return f"{row.name}{at}: {format_number(row.value.mean)}"
+
+
+def _legend(names: Sequence[str]) -> Markup:
+    entries: list[Markup] = []
+    for index, name in enumerate(names):
+        shape = tag("path", d=MARKERS[index % len(MARKERS)], class_="marker")
+        mark = tag("svg", shape, viewBox="-6 -6 12 12", style=hue_style(group_hue(index, len(names))))
+        entries.append(tag("li", mark, name))
+    return tag("ul", join(entries), class_="legend")
+
+
+def _table(rows: Sequence[Row], metric: str) -> Markup:
+    head = tag("tr", *(tag("th", name) for name in columns(metric)))
+    lines = [tag("tr", *(tag("td", cell) for cell in cells(row))) for row in rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines)), class_="scroll")

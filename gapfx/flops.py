@@ -1,0 +1,105 @@
+"""Floating point operations of a model's training, counted for the sparse form: what a method costs beside another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from gapfx.plan import Phase, Plan
+
+Formula = Callable[..., int]
+# Attention on the CPU, which torch's own table leaves out.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# The gradients of both operands of a product take as many operations again, each.
+STEP_OVER_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Operations of one forward of one batch: all, and those of products with each parameter, by FQN."""
+
+    total: int
+    by_weight: Mapping[str, int]
+
+
+def count_forward(model: nn.Module, run: Callable[[nn.Module], object]) -> ForwardFlops:
+    """Count what `run(model)` multiplies and adds, by torch's own formulas: two for a multiplication with an add."""
+    with torch.no_grad(), _Counter(model) as counter:
+        run(model)
+    return ForwardFlops(counter.total, counter.by_weight)
+
+
+def training_flops(plan: Plan, forward: ForwardFlops) -> float:
+    """Operations of all steps of the plan on such batches, products with masked weights taken by their live share."""
+    rest = forward.total - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())
+    of_group = [sum(forward.by_weight.get(w.fqn, 0) for w in group.weights) for group in plan.groups]
+    return sum(
+        STEP_OVER_FORWARD * phase.num_steps * (rest + sum(f * s for f, s in zip(of_group, shares, strict=True)))
+        for phase, replicas in live_shares(plan)
+        for shares in replicas
+    )
+
+
+def live_shares(plan: Plan) -> Iterator[tuple[Phase, list[list[float]]]]:
+    """Each phase with the live share of every group in each of its replicas."""
+    sparse = [_live_share(plan, group) for group in range(len(plan.groups))]
+    live = list(sparse)
+    for index, phase in enumerate(plan.phases):
+        replicas = [list(live) for _ in range(phase.replicas)]
+        for number, shares in enumerate(replicas):
+            for group in phase.grown_by(number):
+                shares[group] = 1.0
+        yield phase, replicas
+        live = replicas[0] if phase.replicas == 1 else live
+        eased = plan.eased(index)
+        for group in phase.prune:
+            live[group] = _live_share(eased, group)
+
+
+def _live_share(plan: Plan, group: int) -> float:
+    weights = plan.groups[group].weights
+    return sum(w.numel * (1 - w.sparsity) for w in weights) / sum(w.numel for w in weights)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of every op, and of those whose operand is a view of a parameter for that parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.total, self.by_weight = 0, dict[str, int]()
+        self._owner = {p.untyped_storage().data_ptr(): fqn for fqn, p in model.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = _formula_of(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self._add(formula(*args, **kwargs, out_val=out), args)
+        return out
+
+    def _add(self, flops: int, args: Any) -> None:
+        self.total += flops
+        storages = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for fqn in {self._owner[storage] for storage in storages if storage in self._owner}:
+            if not fqn.endswith("bias"):
+                self.by_weight[fqn] = self.by_weight.get(fqn, 0) + flops
+
+
+def _formula_of(packet: Any) -> Formula | None:
+    return _of_attention if packet is _ATTENTION else flop_registry.get(packet)
+
+
+def _of_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)

@@ -1,0 +1,118 @@
+"""`gapfx compare` on a task that trains in a second: budgets, what is kept, what is refused, and its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gapfx.compare.execute import flags_of
+from tests.runs import TASK, gapfx
+
+STUDY = f"""
+task = "{TASK}"
+metric = "accuracy"
+methods = ["dense", "gap"]
+sparsities = [0.8]
+seeds = [0, 1]
+
+[settings]
+rounds = 1
+phase_epochs = 0.25
+finetune_epochs = 0.25
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "study.toml").write_text(STUDY)
+    assert gapfx("compare", folder / "study.toml", "--out", folder / "runs", "--parallel", 2) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads((folder / "runs" / "comparison.json").read_text())["rows"]
+    return {(row["name"], row["budget"]): row for row in found}
+
+
+def test_steps_are_equal_in_one_comparison_and_operations_in_the_other(finished: Path) -> None:
+    found = rows(finished)
+    assert found["gap", "epochs"]["epochs"] == found["dense", "epochs"]["epochs"]
+    assert found["gap", "epochs"]["flops"] < 0.7 * found["dense", "epochs"]["flops"]
+    assert found["gap", "flops"]["flops"] == pytest.approx(found["dense", "flops"]["flops"], rel=0.1)
+    assert found["gap", "flops"]["epochs"] > 1.5 * found["dense", "flops"]["epochs"]
+
+
+def test_rows_pair_the_seeds_with_the_dense_runs(finished: Path) -> None:
+    gap, dense = (rows(finished)[name, "epochs"] for name in ("gap", "dense"))
+    ours, theirs = gap["value"]["values"], dense["value"]["values"]
+    assert len(ours) == len(theirs) == 2
+    assert gap["against"]["mean"] == pytest.approx(sum(ours) / 2 - sum(theirs) / 2)
+    assert gap["against"]["p"] >= 0.5
+    assert dense["against"] is None
+
+
+def test_live_bytes_are_those_of_values_and_masks(finished: Path) -> None:
+    found = rows(finished)
+    summary = json.loads((finished / "runs" / "gap-0.8-0-epochs" / "summary.json").read_text())
+    planned = summary["per_weight"].values()
+    numel, kept = (sum(weight[key] for weight in planned) for key in ("numel", "kept"))
+    total = found["dense", "epochs"]["live_bytes"] / 4
+    assert found["gap", "epochs"]["live_bytes"] == 4 * (total - numel + kept) + numel / 8
+
+
+def test_the_page_and_the_table_name_every_row(finished: Path) -> None:
+    page, table = ((finished / "runs" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
+    assert page.count('role="img"') == 6
+    assert "http" not in page
+    assert table.count("| gap | 0.8 |") == table.count("| dense | 0 |") == 2
+
+
+def test_finished_runs_are_taken_as_they_are(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {path: path.stat().st_mtime_ns for path in (copied / "runs").rglob("summary.json")}
+    (copied / "runs" / "gap-0.8-1-flops" / "comparison.json").unlink()
+    assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 0
+    assert {path: path.stat().st_mtime_ns for path in (copied / "runs").rglob("summary.json")} == times
+    assert "gap-0.8-0-epochs" not in capsys.readouterr().err
+    assert len(rows(copied)["gap", "flops"]["value"]["values"]) == 2
+
+
+def test_runs_of_other_settings_are_not_mixed_in(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 2"))
+    assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 2
+    assert "was made with other settings than the study has now" in capsys.readouterr().err
+
+
+def test_collecting_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs", "--collect") == 2
+    assert "no run of the study is finished" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_told_with_its_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 1\nbatch_size = 32\nmicro_batch = 5"))
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs") == 2
+    assert "a batch of 32 is no multiple of micro-batches of 5" in capsys.readouterr().err
+
+
+def test_a_metric_that_the_task_has_not_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied / "study.toml").write_text(STUDY.replace('"accuracy"', '"bleu"'))
+    assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 2
+    assert "the task gives no metric 'bleu'" in capsys.readouterr().err
+
+
+def test_settings_become_flags() -> None:
+    given = {"phase_epochs": 0.5, "calibrate": False, "prune_embeddings": True, "dense": ["first", "*.head"]}
+    assert flags_of(given) == [
+        *("--phase-epochs", "0.5", "--no-calibrate", "--prune-embeddings"),
+        *("--dense", "first", "--dense", "*.head"),
+    ]

@@ -1,0 +1,86 @@
+"""Operations of forwards on models whose number is known, and of plans by their live shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gapfx.flops import ForwardFlops, count_forward, live_shares, training_flops
+from gapfx.plan import Group, Plan, Weight
+from gapfx.schedule import Budget, with_schedule
+
+
+class Mixed(nn.Module):
+    """A convolution, attention with tied in-projections, and a linear layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, groups=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.twice = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(2).transpose(1, 2)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        return self.twice(self.twice(y))
+
+
+def test_operations_of_each_weight_are_those_of_its_products() -> None:
+    batch, positions = 2, 16
+    found = count_forward(Mixed(), lambda model: model(torch.randn(batch, 3, 4, 4)))
+    rows = batch * positions
+    assert found.by_weight == {
+        "conv.weight": 2 * rows * 8 * 27,
+        "attention.in_proj_weight": 2 * rows * 24 * 8,
+        "attention.out_proj.weight": 2 * rows * 8 * 8,
+        "twice.weight": 2 * 2 * rows * 8 * 8,
+    }
+    scores = 2 * 2 * batch * 2 * positions * positions * 4
+    assert found.total == sum(found.by_weight.values()) + scores
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = nn.Linear(4, 4)
+    before = model.weight.clone()
+    count_forward(model, lambda m: F.mse_loss(m(torch.ones(2, 4)), torch.ones(2, 4)))
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+def plan_of(method: str, rounds: int = 2) -> Plan:
+    groups = tuple(Group(f"g{i}", (Weight(f"{i}.weight", (10, 10), 0.9),)) for i in range(3))
+    return with_schedule(Plan(groups), method, Budget(rounds, phase_steps=10, finetune_steps=20))
+
+
+def rounded(plan: Plan) -> list[list[list[float]]]:
+    return [[[round(share, 3) for share in shares] for shares in replicas] for _, replicas in live_shares(plan)]
+
+
+def test_one_group_is_dense_at_a_time_in_gap() -> None:
+    assert rounded(plan_of("gap", rounds=1)) == [
+        [[1.0, 0.1, 0.1]],
+        [[0.1, 1.0, 0.1]],
+        [[0.1, 0.1, 1.0]],
+        [[0.1, 0.1, 0.1]],
+    ]
+
+
+def test_what_gmp_has_pruned_stays_pruned_and_goes_further() -> None:
+    found = rounded(plan_of("gmp", rounds=1))
+    assert found == [[[1.0] * 3], [[0.367] * 3], [[0.133] * 3], [[0.1] * 3]]
+
+
+def test_every_replica_of_parallel_gap_counts() -> None:
+    found = rounded(plan_of("pgap", rounds=1))
+    assert found == [[[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.1, 0.1, 1.0]], [[0.1, 0.1, 0.1]]]
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("dense", 1.0), ("static", 0.1), ("gap", (60 * (1.2 / 3) + 20 * 0.1) / 80), ("oneshot", (60 + 20 * 0.1) / 80)],
+)
+def test_a_training_costs_three_forwards_a_step_at_its_live_share(method: str, share: float) -> None:
+    forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
+    assert training_flops(plan_of(method), forward) == pytest.approx(3 * 80 * (100 + 900 * share))
