@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,14 +17,33 @@ from gapfx.report.markup import Markup, join, tag
 from gapfx.report.scale import padded
 
 Place = Callable[[Row], float]
-AXES: tuple[tuple[str, str, Place], ...] = (
-    ("sparsity", "share of zeros in the planned weights", lambda row: row.sparsity),
-    (
-        "operations of the training",
-        "multiplications and additions in billions, counted for the sparse form",
-        lambda row: row.flops / 1e9,
+_LEAST = 20  # of the largest value in its unit: ticks are whole numbers
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A horizontal axis: what it shows, and its place of a row; units have the factor `base` between them."""
+
+    title: str
+    place: Place
+    base: float
+    units: tuple[str, ...]
+
+
+AXES = (
+    Axis("sparsity", lambda row: 100 * row.sparsity, 1, ("% of planned weights are zeros",)),
+    Axis(
+        "operations of the training, counted for the sparse form",
+        lambda row: row.flops,
+        1000,
+        ("operations", "thousand operations", "million operations", "billion operations", "trillion operations"),
     ),
-    ("bytes of the live weights", "KiB of fp32 values and masks", lambda row: row.live_bytes / 1024),
+    Axis(
+        "bytes of the live weights",
+        lambda row: row.live_bytes,
+        1024,
+        ("bytes of fp32 values and masks", "KiB of fp32 values and masks", "MiB of fp32 values and masks"),
+    ),
 )
 
 
@@ -55,14 +75,17 @@ def _story(study: Study) -> Markup:
 
 def _section(study: Study, budget: str, rows: Sequence[Row]) -> Markup:
     own = [row for row in rows if row.budget == budget]
-    charts = [_chart(study, own, *axis) for axis in AXES]
+    charts = [_chart(study, own, axis) for axis in AXES]
     return tag("section", tag("h2", HEADS[budget]), *charts, _table(own, study.metric), id=budget)
 
 
-def _chart(study: Study, rows: Sequence[Row], title: str, unit: str, place: Place) -> Markup:
+def _chart(study: Study, rows: Sequence[Row], axis: Axis) -> Markup:
+    place, unit = _in_unit(axis, rows)
     names = [contender.name for contender in study.contenders]
     x, y = padded([place(row) for row in rows]), padded([row.value.mean for row in rows])
-    frame = Frame(f"{study.metric} against {title}", "a point a method and sparsity, mean over seeds", x, y, 260, unit)
+    frame = Frame(
+        f"{study.metric} against {axis.title}", "a point a method and sparsity, mean over seeds", x, y, 260, unit
+    )
     parts: list[Markup] = []
     for index, name in enumerate(names):
         own = sorted((row for row in rows if row.name == name), key=place)
@@ -71,6 +94,13 @@ def _chart(study: Study, rows: Sequence[Row], title: str, unit: str, place: Plac
             parts.append(curve(tuple((place(row), row.value.mean) for row in own), frame, "line thin", hue))
         parts += [marker(place(row), row.value.mean, frame, index, hue, _words(row)) for row in own]
     return figure(frame, study.metric, *parts, legend=_legend(names))
+
+
+def _in_unit(axis: Axis, rows: Sequence[Row]) -> tuple[Place, str]:
+    """The places in the largest unit that leaves room for whole ticks, and its name."""
+    largest = max(axis.place(row) for row in rows)
+    power = max((p for p in range(len(axis.units)) if largest >= _LEAST * axis.base**p), default=0)
+    return lambda row: axis.place(row) / axis.base**power, axis.units[power]
 
 
 def _words(row: Row) -> str:

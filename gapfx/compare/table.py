@@ -22,8 +22,8 @@ _COLUMNS = (
     "against dense",
     "p",
     "epochs",
-    "TFLOP",
-    "live MB",
+    "operations",
+    "live bytes",
     "seconds",
 )
 

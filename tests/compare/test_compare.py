@@ -73,6 +73,7 @@ def test_live_bytes_are_those_of_values_and_masks(finished: Path) -> None:
 def test_the_page_and_the_table_name_every_row(finished: Path) -> None:
     page, table = ((finished / "runs" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
     assert page.count('role="img"') == 6
+    assert all(unit in page for unit in ("% of planned weights", "million operations", "bytes of fp32 values"))
     assert "http" not in page
     assert table.count("| gap | 0.8 |") == table.count("| dense | 0 |") == 2
 
