@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from gapfx.compare.execute import flags_of
 from tests.runs import TASK, gapfx
+
+pytestmark = pytest.mark.slow
 
 STUDY = f"""
 task = "{TASK}"
@@ -73,7 +74,7 @@ def test_live_bytes_are_those_of_values_and_masks(finished: Path) -> None:
 def test_the_page_and_the_table_name_every_row(finished: Path) -> None:
     page, table = ((finished / "runs" / f"comparison.{kind}").read_text() for kind in ("html", "md"))
     assert page.count('role="img"') == 6
-    assert all(unit in page for unit in ("% of planned weights", "million operations", "bytes of fp32 values"))
+    assert all(unit in page for unit in ("% of planned weights", " operations", "bytes of fp32 values"))
     assert "http" not in page
     assert table.count("| gap | 0.8 |") == table.count("| dense | 0 |") == 2
 
@@ -109,11 +110,3 @@ def test_a_metric_that_the_task_has_not_is_named(copied: Path, capsys: pytest.Ca
     (copied / "study.toml").write_text(STUDY.replace('"accuracy"', '"bleu"'))
     assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 2
     assert "the task gives no metric 'bleu'" in capsys.readouterr().err
-
-
-def test_settings_become_flags() -> None:
-    given = {"phase_epochs": 0.5, "calibrate": False, "prune_embeddings": True, "dense": ["first", "*.head"]}
-    assert flags_of(given) == [
-        *("--phase-epochs", "0.5", "--no-calibrate", "--prune-embeddings"),
-        *("--dense", "first", "--dense", "*.head"),
-    ]
