@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
     "loading",
     "flops": "plan",
-    "compare": "errors plan schedule settings task run_dir quantities report results training flops",
+    "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
     "cli": "errors commands doctor kernels",
 }

@@ -20,6 +20,7 @@ from gapfx.errors import Interrupted, UserError
 from gapfx.flops import training_flops
 from gapfx.plan import Plan
 from gapfx.run_dir import RunDir, write_atomically
+from gapfx.runtime.stop import stop_on_signal
 
 _POLL_SECONDS = 0.05
 
@@ -37,19 +38,16 @@ class Runner:
     def run(self, trials: Iterable[Trial]) -> list[Outcome]:
         """Outcomes of all trials; those that are there are taken as they are.
 
-        Raises UserError when a run fails or was made with other settings, Interrupted on Ctrl-C, after the runs have
-        saved: the same command goes on from there.
+        Raises UserError when a run fails or was made with other settings, Interrupted when a stop is asked for; the
+        runs that go on meanwhile save and end first.
         """
         wanted = list(trials)
         missing = [trial for trial in wanted if not self._is_there(trial)]
-        try:
-            self._train(iter(missing), len(missing))
-        except KeyboardInterrupt:
-            self._stop()
-            raise Interrupted("the runs have saved; the same command goes on from there") from None
-        except BaseException:
-            self._stop()
-            raise
+        with stop_on_signal() as should_stop:
+            try:
+                self._train(iter(missing), len(missing), should_stop)
+            finally:
+                self._stop()
         return list(self.outcomes(wanted))
 
     def outcomes(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
@@ -74,9 +72,11 @@ class Runner:
             self._note_cost(trial)
         return run.summary.is_file()
 
-    def _train(self, missing: Iterator[Trial], count: int) -> None:
+    def _train(self, missing: Iterator[Trial], count: int, should_stop: Callable[[], bool]) -> None:
         done, is_more = 0, True
         while is_more or self._running:
+            if should_stop():
+                raise Interrupted("stopped; the same command goes on where the runs have saved")
             while is_more and len(self._running) < self.parallel:
                 trial = next(missing, None)
                 is_more = trial is not None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.runs import TASK, gapfx
+from tests.runs import TASK, events, gapfx, start
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +107,27 @@ def test_a_run_that_fails_is_told_with_its_message(tmp_path: Path, capsys: pytes
     (tmp_path / "study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 1\nbatch_size = 32\nmicro_batch = 5"))
     assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs") == 2
     assert "a batch of 32 is no multiple of micro-batches of 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_the_runs_too_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
+    long = STUDY.replace("rounds = 1", "rounds = 10").replace("seeds", 'budgets = ["epochs"]\nseeds')
+    (tmp_path / "study.toml").write_text(long)
+    flags = ("compare", tmp_path / "study.toml", "--out", tmp_path / "runs", "--parallel", 2)
+    process = start(*flags)
+    metrics, deadline = tmp_path / "runs" / "gap-0.8-0-epochs" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"step"' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert children
+    assert not any(child.is_running() for child in children)
+    (tmp_path / "study.toml").write_text(long.replace("[0, 1]", "[0]"))
+    assert gapfx(*flags) == 0
+    assert len(events(tmp_path / "runs" / "gap-0.8-0-epochs", "resume")) == 1
 
 
 def test_a_metric_that_the_task_has_not_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
