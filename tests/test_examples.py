@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.made_up_pairs import write_pairs
 from tests.runs import ROOT, gapfx, summary
 
 SMOKE = {
     "fashion": ("--phase-epochs", 0.02, "--finetune-epochs", 0.02, "--rounds", 1),
     "text": ("--phase-epochs", 0.01, "--finetune-epochs", 0.01, "--rounds", 1),
+    "translation": ("--phase-epochs", 0.5, "--finetune-epochs", 0.5, "--rounds", 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setenv("TRANSLATION_DIR", str(write_pairs(tmp_path / "pairs")))  # none come with the repository
 
 
 @pytest.mark.slow
