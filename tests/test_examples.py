@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.made_up_pairs import write_pairs
 from tests.runs import ROOT, gapfx, summary
 
 SMOKE = {
+    "detection": ("--phase-epochs", 0.05, "--finetune-epochs", 0.05),
     "fashion": ("--phase-epochs", 0.02, "--finetune-epochs", 0.02, "--rounds", 1),
+    "imagenet": (
+        *("--phase-epochs", 0.5, "--finetune-epochs", 0.5, "--rounds", 1),
+        *("--batch-size", 4, "--micro-batch", 4, "--no-calibrate"),
+    ),
     "text": ("--phase-epochs", 0.01, "--finetune-epochs", 0.01, "--rounds", 1),
     "translation": ("--phase-epochs", 0.5, "--finetune-epochs", 0.5, "--rounds", 1),
 }
 
 
 @pytest.fixture(autouse=True)
-def _pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # pyright: ignore[reportUnusedFunction]
-    monkeypatch.setenv("TRANSLATION_DIR", str(write_pairs(tmp_path / "pairs")))  # none come with the repository
+def _made_up_data(  # pyright: ignore[reportUnusedFunction]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For the examples whose data does not come with the repository."""
+    monkeypatch.setenv("TRANSLATION_DIR", str(write_pairs(tmp_path / "pairs")))
+    make_image_folder(tmp_path / "images")
+    monkeypatch.setenv("IMAGENET_DIR", str(tmp_path / "images"))
+    monkeypatch.setenv("IMAGENET_SIDE", "32")
+
+
+def make_image_folder(folder: Path) -> None:
+    """Noise in two classes, in the layout of ImageNet."""
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+        (folder / split / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / name / f"{number}.JPEG")
 
 
 @pytest.mark.slow

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,20 +14,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from gapfx.errors import UserError
+from tests.task_files import ROOT, load
 from tools.sources.fashion import check_fashion, fashion_arrays, first_of_each_class, pack
 from tools.sources.packages import check_size, fetch
 
-ROOT = Path(__file__).parent.parent
 DATA = ROOT / "examples" / "data"
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_under_test", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +57,9 @@ def test_the_committed_images_are_balanced_and_small() -> None:
 def test_every_data_folder_says_where_it_comes_from_and_its_licence() -> None:
     assert "Permission is hereby granted" in (DATA / "fashion" / "LICENSE").read_text()
     assert "MIT licence" in (DATA / "fashion" / "README.md").read_text()
+    licences = (DATA / "detection" / "LICENSE").read_text()
+    assert licences.count("Permission is hereby granted") == 2
+    assert "MIT" in (DATA / "detection" / "README.md").read_text()
     assert "public domain" in (DATA / "text" / "README.md").read_text()
 
 

@@ -1,0 +1,1 @@
+"""SSD in plain torch, for examples/detection.py."""
