@@ -50,7 +50,8 @@ def environment(folder: Path) -> Path:
 @pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
 def test_every_requirement_is_pinned_inside_its_range(extra: str) -> None:
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
-    for requirement in map(Requirement, lines):
+    others = (one for one in map(Requirement, lines) if one.name != "gapfx")  # an extra that takes another in
+    for requirement in others:
         version = pins()[requirement.name]
         assert version in requirement.specifier, f"{requirement} against {version}"
 
