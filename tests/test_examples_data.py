@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from gapfx.errors import UserError
 from tests.task_files import ROOT, load
-from tools.sources.fashion import check_fashion, fashion_arrays, first_of_each_class, pack
-from tools.sources.packages import check_size, fetch
+from tools.sources.fashion import check_fashion, fashion_arrays, first_of_each_class
+from tools.sources.packages import check_size, fetch, pack
 
 DATA = ROOT / "examples" / "data"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import tarfile
-import zipfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -13,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapfx.errors import UserError
-from tools.sources.packages import DATA, Out, Subset, fetch_deb, read_member, tar_of_deb, write
+from tools.sources.packages import DATA, Out, Subset, fetch_deb, pack, read_member, tar_of_deb, write
 
 LICENCE = "Fashion-MNIST: MIT licence, copyright 2017 Zalando SE"
 IDX_HEADER_BYTES = {"images-idx3": 16, "labels-idx1": 8}
 NUM_TRAIN_OF_SUBSET, NUM_VAL_OF_SUBSET = 1_200, 300  # of each class
-# LZMA makes images a fifth smaller than zlib, and np.load reads it as it is; a fixed date makes equal bytes.
-MEMBER_DATE = (2017, 8, 25, 0, 0, 0)
 
 Arrays = Mapping[str, NDArray[np.uint8]]
 
@@ -72,15 +69,3 @@ def first_of_each_class(arrays: Arrays) -> Arrays:
         kept = np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]))
         chosen |= {f"{split}_{part}": arrays[f"{split}_{part}"][kept] for part in ("images", "labels")}
     return chosen
-
-
-def pack(arrays: Arrays) -> bytes:
-    """The arrays as the bytes of an .npz file."""
-    packed = BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name, array in arrays.items():
-            member, content = zipfile.ZipInfo(f"{name}.npy", MEMBER_DATE), BytesIO()
-            member.compress_type = zipfile.ZIP_LZMA
-            np.save(content, array)
-            archive.writestr(member, content.getvalue())
-    return packed.getvalue()
