@@ -5,7 +5,7 @@
 trains a small SSD on 224 scenes that come with this file: clothes of Fashion-MNIST on aerial photos.
 `python tools/get_data.py detection` makes 4,000 of them, which are then used instead. On COCO, with ResNet-50:
 
-    COCO_DIR=coco gapfx sparsify examples/detection.py --entry ssd300 --phase-epochs 10 --finetune-epochs 65
+    COCO_DIR=coco gapfx sparsify examples/detection.py --entry ssd300 --batch-size 32 --finetune-epochs 65
 
 $COCO_DIR names a folder with annotations/instances_train2017.json, train2017/, and the same for val2017. Its images are
 scaled to 300 x 300 and others to 128 x 128, or to $DETECTION_SIDE: `model` takes 128, `ssd300` takes 300. Networks and
@@ -43,6 +43,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels of Ima
 NEGATIVES = 3  # default boxes of the background that are trained for each that has an object
 CROP_IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # what is left in a crop overlaps it by one of them
 NUM_CROPS = 20  # tries
+WHOLE = torch.tensor((0.0, 0.0, 1.0, 1.0))
+# Scenes of that size come in many scales; with crops as well, a short training learns little from them.
+SMALL_SIDE = 128
 
 # Command-line flags win over these.
 defaults = {
@@ -53,7 +56,7 @@ defaults = {
     "phase_epochs": 4,
     "finetune_epochs": 20,
     "batch_size": 8,
-    "eval_epochs": 12,
+    "eval_epochs": 6,
 }
 
 
@@ -87,6 +90,7 @@ class Scenes(Dataset[tuple[Tensor, Scene]]):
         self.folder = folder / f"{split}2017"
         self.side = side
         self.is_train = split == "train"
+        self.is_cropped = side > SMALL_SIDE
         scenes = read_scenes(read_annotations(folder, split))
         self.scenes = [(name, s) for name, s in scenes if not self.is_train or bool((~s.is_crowd).any())]
 
@@ -99,7 +103,8 @@ class Scenes(Dataset[tuple[Tensor, Scene]]):
             image = file.convert("RGB")
         if not self.is_train:
             return pixels(image.resize((self.side, self.side))), scene
-        area, scene = crop(scene.part(~scene.is_crowd))
+        scene = scene.part(~scene.is_crowd)
+        area, scene = crop(scene) if self.is_cropped else (WHOLE, scene)
         image = image.resize((self.side, self.side), box=scaled(area, image.size))
         return flip(pixels(image), scene) if torch.rand(()) < 0.5 else (pixels(image), scene)
 
@@ -121,14 +126,13 @@ def crop(scene: Scene) -> tuple[Tensor, Scene]:
 
     Once in six times it is the whole image, as it is when no part is found that overlaps an object enough.
     """
-    whole = torch.tensor((0.0, 0.0, 1.0, 1.0))
     mode = int(torch.randint(len(CROP_IOUS) + 1, ()))
     if mode == len(CROP_IOUS):
-        return whole, scene
+        return WHOLE, scene
     for _ in range(NUM_CROPS):
         size = torch.empty(2).uniform_(0.3, 1)
         start = torch.rand(2) * (1 - size)
-        area = torch.cat((start, start + size))
+        area = torch.cat((start, start + size)).clamp(max=1)  # Pillow takes no box that is a rounding too large
         centres = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2
         inside = scene.part(((centres > start) & (centres < start + size)).all(1))
         is_oblong = not 0.5 <= size[0] / size[1] <= 2
@@ -136,7 +140,7 @@ def crop(scene: Scene) -> tuple[Tensor, Scene]:
             continue
         boxes = ((inside.boxes - start.repeat(2)) / size.repeat(2)).clamp(0, 1)
         return area, Scene(boxes, inside.classes, inside.is_crowd, inside.size)
-    return whole, scene
+    return WHOLE, scene
 
 
 def flip(image: Tensor, scene: Scene) -> tuple[Tensor, Scene]:
@@ -195,7 +199,7 @@ def ssd300() -> nn.Module:
 
 
 def data(split: str) -> Scenes:
-    side = os.environ.get("DETECTION_SIDE") or (300 if os.environ.get("COCO_DIR") else 128)
+    side = os.environ.get("DETECTION_SIDE") or (300 if os.environ.get("COCO_DIR") else SMALL_SIDE)
     return Scenes(data_folder(), split, int(side))
 
 

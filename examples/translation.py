@@ -170,10 +170,12 @@ class Pairs(Dataset[Pair]):
     """Subwords of sentences and of their translations; these start with START, and both end with END."""
 
     def __init__(self, folder: Path, split: str) -> None:
+        english, german = (read_lines(folder, split, side) for side in ("en", "de"))
+        if len(english) != len(german):
+            what = f"{split}.en has {len(english):,} lines, and {split}.de has {len(german):,}"
+            raise TaskError(what, where=str(folder), fix="line by line, one must be the translation of the other")
         tokenizer = subwords(folder)
-        sides = [
-            [line.ids for line in tokenizer.encode_batch(read_lines(folder, split, side))] for side in ("en", "de")
-        ]
+        sides = [[text.ids for text in tokenizer.encode_batch(lines)] for lines in (english, german)]
         limit = MAX_TOKENS if split == "train" else math.inf
         self.pairs = [(en, de) for en, de in zip(*sides, strict=True) if max(len(en), len(de)) < limit]
 
@@ -196,7 +198,8 @@ def data_folder() -> Path:
 
 
 def read_lines(folder: Path, split: str, side: str) -> list[str]:
-    return (folder / f"{split}.{side}").read_text(encoding="utf-8").splitlines()
+    text = (folder / f"{split}.{side}").read_bytes().decode()
+    return text.removesuffix("\n").split("\n")  # not splitlines: rarer separators stand within sentences
 
 
 def subwords(folder: Path) -> Tokenizer:

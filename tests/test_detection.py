@@ -176,17 +176,18 @@ def test_boxes_follow_their_objects_through_crops_and_flips(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COCO_DIR", str(coco_folder(tmp_path)))
+    monkeypatch.setenv("DETECTION_SIDE", "300")
     train = task.data("train")
     torch.manual_seed(0)
     areas = set[float]()
     for _ in range(40):
         image, found = train[0]
         assert found.classes.tolist() == [2]
-        x1, y1, x2, y2 = (found.boxes[0] * 128).round().int().tolist()
-        assert 0 <= x1 < x2 <= 128
+        x1, y1, x2, y2 = (found.boxes[0] * 300).round().int().tolist()
+        assert 0 <= x1 < x2 <= 300
         is_white = image[0] > 0
-        assert is_white[y1 + 4 : y2 - 4, x1 + 4 : x2 - 4].all()
-        assert is_white.sum() <= (x2 - x1 + 8) * (y2 - y1 + 8)
+        assert is_white[y1 + 12 : y2 - 12, x1 + 12 : x2 - 12].all()
+        assert is_white.sum() <= (x2 - x1 + 24) * (y2 - y1 + 24)
         areas.add(float((found.boxes[0, 2] - found.boxes[0, 0]) * (found.boxes[0, 3] - found.boxes[0, 1])))
     assert len(areas) > 10
 

@@ -51,6 +51,18 @@ def test_missing_data_is_one_message_that_says_how_to_get_it(
     assert "Traceback" not in message
 
 
+def test_sides_of_unequal_length_are_refused(task: Any, corpus: Path) -> None:
+    with (corpus / "val.de").open("a") as file:
+        file.write("mehr\n")
+    with pytest.raises(TaskError, match=r"val\.en has 24 lines, and val\.de has 25"):
+        task.data("val")
+
+
+def test_only_a_line_feed_ends_a_sentence(task: Any, corpus: Path) -> None:
+    (corpus / "val.en").write_text("the\u2028house\x85.\nthe\rtree.\n", encoding="utf-8", newline="")
+    assert task.read_lines(corpus, "val", "en") == ["the\u2028house\x85.", "the\rtree."]
+
+
 def test_subwords_give_back_every_text_and_are_trained_once(task: Any, corpus: Path) -> None:
     tokenizer = task.subwords(corpus)
     text = "the Öl — grün ☃ house."

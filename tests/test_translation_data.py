@@ -142,6 +142,13 @@ def test_no_english_sentence_is_in_two_splits() -> None:
     assert split_of("It is here.") == split_of("IT IS 3 HERE!")
 
 
+def test_a_split_mixes_its_sources_and_does_not_depend_on_their_order() -> None:
+    pairs = [(f"The {a} {b} is here.", "Ja.") for a in "abcdefgh" for b in "klmnopqr"]
+    train = source.split(pairs)["train"]
+    assert train == source.split(reversed(pairs))["train"]
+    assert len({en[4] for en, _ in train[:16]}) > 4
+
+
 def test_documents_are_paired_by_name_whatever_the_order() -> None:
     page = b'<p id="par_1">%s</p>'
     english = {("help", "b"): page % b"B", ("help", "a"): page % b"A"}

@@ -55,7 +55,7 @@ SMALL = Encoding("webp", {"quality": 15, "method": 6})  # of the repository: a t
 
 
 def detection(out: Out = None, subset: Subset = False) -> None:
-    """4,000 + 500 scenes, 30 MB: items of Debian package dataset-fashion-mnist on photos of PyPI package deepforest."""
+    """4,000 + 500 scenes, 52 MB: items of Debian package dataset-fashion-mnist on photos of PyPI package deepforest."""
     folder = out or DATA / "detection-full"
     arrays = fashion_arrays(read_deb(fetch_deb("dataset-fashion-mnist", folder)))
     check_fashion(arrays)

@@ -96,12 +96,17 @@ def is_translated(en_words: list[str], de_words: list[str]) -> bool:
 
 
 def split_of(en: str) -> str:
-    """`train`, `val` or `test` by a hash of the letters of the English side.
-
-    Sentences that differ in case, numbers and punctuation alone, and all translations of one, fall into one split.
-    """
-    letters = re.sub(r"[^a-z]", "", en.lower())
-    place = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:4]) / 2**32
+    """`train`, `val` or `test`, by the place of the English side."""
+    place = place_of(en)
     if place < SPLIT_SHARES["val"]:
         return "val"
     return "test" if place < SPLIT_SHARES["val"] + SPLIT_SHARES["test"] else "train"
+
+
+def place_of(en: str) -> float:
+    """A number from 0 to 1 that a hash of the letters gives.
+
+    Sentences that differ in case, numbers and punctuation alone, and all translations of one, have one place.
+    """
+    letters = re.sub(r"[^a-z]", "", en.lower())
+    return int.from_bytes(hashlib.sha256(letters.encode()).digest()[:4]) / 2**32

@@ -13,7 +13,7 @@ import typer
 from gapfx.errors import UserError
 from tools.sources.bilingual import Pair, catalogue_pairs, help_pairs, man_pairs, manual_pairs
 from tools.sources.packages import DATA, Out, broken, fetch_deb, read_member, tar_of_deb, write
-from tools.sources.sentences import sentence_pairs, split_of
+from tools.sources.sentences import place_of, sentence_pairs, split_of
 
 LICENCE = (
     "Licences: LibreOffice help MPL-2.0, manual pages GPL-3+ and others, manuals GPL-2+, catalogues as their programs; "
@@ -127,9 +127,9 @@ def all_pairs(english: Documents, german: Documents) -> Iterator[Pair]:
 
 
 def split(pairs: Iterable[Pair]) -> Splits:
-    """The pairs by split, in their order."""
+    """The pairs by split, in an order that mixes their sources: the first of them stand for all."""
     splits: Splits = {name: [] for name in LEAST_PAIRS}
-    for pair in pairs:
+    for pair in sorted(pairs, key=lambda pair: (place_of(pair[0]), pair)):
         splits[split_of(pair[0])].append(pair)
     return splits
 
