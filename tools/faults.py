@@ -14,6 +14,7 @@ refused with exit code 2 and a message. One line a kind, with counts; exit code 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
@@ -68,6 +69,7 @@ class Bench:
     folder: Path
     nproc: int
     draw: random.Random
+    seconds: float = 0.0  # of the undisturbed run
     flags: tuple[str, ...] = ()
 
     def start(self, out: Path, **environment: str) -> subprocess.Popen[str]:
@@ -108,7 +110,7 @@ def kill(bench: Bench, out: Path, *, by_itself: bool) -> str:
     metrics = out / "metrics.jsonl"
     before = metrics.read_text() if metrics.exists() else ""
     process = bench.start(out)
-    time.sleep(bench.draw.uniform(2.5, 6.5))
+    time.sleep(bench.draw.uniform(0.4, 1.0) * bench.seconds)  # before that a process imports its libraries
     try:
         ranks = psutil.Process(process.pid).children()
         victims = [process.pid] if not ranks or bench.draw.random() < 0.3 else [bench.draw.choice(ranks).pid]
@@ -177,10 +179,12 @@ def main(
     """Print one line a kind of fault."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), nproc, random.Random(seed), ("--zero", str(zero), "--method", method))
+        bench = Bench(Path(folder), nproc, random.Random(seed), flags=("--zero", str(zero), "--method", method))
         (bench.folder / "task.py").write_text(TASK.format())
+        began = time.monotonic()
         code, err = bench.finish(bench.folder / "undisturbed")
         assert code == 0, err
+        bench = dataclasses.replace(bench, seconds=time.monotonic() - began)
         done, trial = 0, 0
         while done < kills:
             out, kinds, trial = bench.folder / f"kill-{trial}", list[str](), trial + 1
