@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from gapfx.errors import UserError
 from gapfx.runtime.engine import EngineOptions
 from gapfx.runtime.optimizers import check_optimizer, make_optimizer
-from tests.runtime.test_engine import batches, largest_difference, make_model, opened, plain_weights, run, taken
+from tests.runtime.test_engine import (
+    batches,
+    check_two_engines,
+    largest_difference,
+    make_model,
+    opened,
+    plain_weights,
+    run,
+)
 from tests.runtime.test_engine import weights_of as weights_in
 
 pytestmark = pytest.mark.usefixtures("in_process_group")
@@ -89,15 +97,7 @@ def test_an_optimizer_that_takes_norms_is_refused_for_parts_of_weights_alone() -
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("factory", ELEMENTWISE.values(), ids=ELEMENTWISE)
 def test_steps_equal_plain_torch_also_in_a_second_engine(factory: Factory, zero: int) -> None:
-    options, steps = EngineOptions(4, accumulation=2, clip=0.0, zero_stage=zero), list(batches(4))
-    first = opened(make_model(), factory, options)
-    run(first, iter(steps[:2]))
-    state = taken(first)
-    first.close()
-    second = opened(make_model(), factory, options, state)
-    run(second, iter(steps[2:]))
-    assert largest_difference(weights_in(second), plain_weights(factory, 4, 0.0)) <= 1e-6
-    second.close()
+    check_two_engines(factory, zero)
 
 
 @pytest.mark.parametrize("zero", [1, 3])
