@@ -2,9 +2,11 @@
 
     python tools/bench_decode.py
     python tools/bench_decode.py --tokens 8 --pairs 12
+    GAPFX_NATIVE=avx2 python tools/bench_decode.py
 
 One thread, process CPU time, interleaved rounds, medians. Each line is a sparsity, each column a kernel: how many times
-faster than torch's fp32 linear layers of the same shapes.
+faster than torch's fp32 linear layers of the same shapes. Without AVX-512 nothing goes by masks: those columns show what
+it takes to make the numbers of live columns at each call.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from gapfx.kernels import decode
+from gapfx.kernels import decode, native
 from gapfx.masks import pack
 
 Stack = list[decode.DecodeLayout]
@@ -30,6 +32,7 @@ KERNELS: tuple[tuple[str, int, decode.Values], ...] = (
     ("bf16 mask", 16, "bf16"),
     ("bf16 columns", 1, "bf16"),
     ("int8 mask", 16, "int8"),
+    ("int8 columns", 1, "int8"),
 )
 
 
@@ -70,6 +73,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of each measurement.")] = 7,
 ) -> None:
     """Print a line for each sparsity."""
+    print(f"kernels: {native.level()}")
     torch.set_num_threads(1)
     shapes = [(4 * width, width), (width, 4 * width)] * pairs
     inputs = {size: torch.randn(tokens, size) for size in (width, 4 * width)}

@@ -30,7 +30,7 @@ Level level() { return used; }
 }  // namespace gapfx
 
 // Changes with the signatures of exported functions: a library of another version is not used.
-GAPFX_API int gapfx_abi(void) { return 4; }
+GAPFX_API int gapfx_abi(void) { return 5; }
 
 // The level in use, see gapfx_use_level.
 GAPFX_API int gapfx_level(void) { return gapfx::level(); }

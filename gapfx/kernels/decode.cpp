@@ -49,37 +49,6 @@ inline uint16_t narrowed(float wide) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline int64_t columns_of_row(const Layout& w, int64_t row, uint16_t* columns) {
-  int64_t count = 0;
-  for (int64_t at = 0; at < words_of(w); ++at)
-    for (uint64_t live = w.words[row * words_of(w) + at]; live; live &= live - 1)
-      columns[count++] = static_cast<uint16_t>(at * kWord + __builtin_ctzll(live));
-  return count;
-}
-
-// Any type of values on any processor.
-void plain_rows(const Layout& w, const Tokens& x, float* y, int64_t begin, int64_t end) {
-  Room<uint16_t> columns(w.columns ? 0 : words_of(w) * kWord);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t first = w.starts[row], count = w.starts[row + 1] - first;
-    const uint16_t* column = w.columns ? w.columns + first : columns.data;
-    if (!w.columns) columns_of_row(w, row, columns.data);
-    for (int m = 0; m < x.count; ++m) {
-      float sum = 0;
-      int32_t whole = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        if (w.type == kByte)
-          whole += static_cast<const int8_t*>(w.values)[first + i] * (x.bytes[m * x.stride + column[i]] - 128);
-        else
-          sum += (w.type == kFloat ? static_cast<const float*>(w.values)[first + i]
-                                   : widened(static_cast<const uint16_t*>(w.values)[first + i])) *
-                 x.plain[m * x.stride + column[i]];
-      }
-      y[m * w.outputs + row] = w.type == kByte ? static_cast<float>(whole) * w.scales[row] : sum;
-    }
-  }
-}
-
 #if GAPFX_X86
 #include "decode_512.h"
 
@@ -95,20 +64,28 @@ struct Kernel {
   Reads reads;
 };
 
+// Whether rows of this type of values can be gone through under their mask here.
+bool has_masked(int type) {
+#if GAPFX_X86
+  return level() == kAvx512 && (type == kHalf ? has_half : type == kByte ? has_byte : true);
+#else
+  (void)type;
+  return false;
+#endif
+}
+
 // `by_number`: whether to go by the numbers of live columns where a mask is there too.
 Kernel kernel_for(const Layout& w, int count, bool by_number) {
-  const Kernel plain{plain_rows, w.type == kByte ? kBytes : kPlain};
 #if GAPFX_X86
-  if (level() != kAvx512) return plain;
-  if (w.type == kByte) return has_byte && w.words ? Kernel{avx512::masked_bytes, kBytes} : plain;
-  const Kernel numbered{avx512::numbered, count == 1 ? kPlain : kLanes};
-  if (by_number || !w.words || (w.type == kHalf && !has_half)) return numbered;
-  return w.type == kHalf ? Kernel{avx512::masked_halves, kHalves} : Kernel{avx512::masked_floats, kPlain};
+  if (w.words && !by_number && has_masked(w.type)) {
+    if (w.type == kByte) return {avx512::masked_bytes, kBytes};
+    if (w.type == kHalf) return {avx512::masked_halves, kHalves};
+    return {avx512::masked_floats, kPlain};
+  }
 #else
-  (void)count;
   (void)by_number;
-  return plain;
 #endif
+  return {numbered_rows(), count == 1 ? kPlain : kLanes};
 }
 
 inline float value_at(const void* x, int64_t at, bool is_half) {
@@ -159,6 +136,13 @@ void fill_bytes(const void* x, bool is_half, int64_t inputs, const Tokens& to, u
   }
 }
 
+// The same numbers of -127 ... 127, in fp32.
+void fill_whole(const Tokens& from, int64_t inputs, float* whole) {
+  for (int m = 0; m < from.count; ++m)
+    for (int64_t k = 0; k < inputs; ++k)
+      whole[m * inputs + k] = static_cast<float>(from.bytes[m * from.stride + k] - 128);
+}
+
 void finish(const Layout& w, const Tokens& x, const void* bias, bool is_half, const float* sums, void* y,
             int64_t begin, int64_t end) {
   for (int m = 0; m < x.count; ++m)
@@ -179,20 +163,24 @@ void product(const Layout& w, const void* x, int count, const void* bias, void* 
   Tokens to{};
   to.count = count;
   to.stride = words_of(w) * kWord;
-  to.width = count <= 8 ? 8 : 16;
+  to.width = width_of(count);
   to.parts = is_half ? 1 : 2;
-  const bool is_ready = kernel.reads == kPlain && !is_half && w.inputs == to.stride;
+  Room<uint8_t> bytes(w.type == kByte ? count * to.stride : 0);
+  Room<float> whole(w.type == kByte && kernel.reads != kBytes ? count * w.inputs : 0);
+  float steps[kMaxTokens];
+  if (bytes.data) fill_bytes(x, is_half, w.inputs, to, bytes.data, steps), to.bytes = bytes.data, to.steps = steps;
+  if (whole.data) fill_whole(to, w.inputs, whole.data);
+  const void* given = whole.data ? whole.data : x;
+  const bool is_given_half = is_half && !whole.data;
+  const bool is_ready = kernel.reads == kPlain && !is_given_half && w.inputs == to.stride;
   Room<float> plain(kernel.reads == kPlain && !is_ready ? count * to.stride : 0);
   Room<float> lanes(kernel.reads == kLanes ? w.inputs * to.width : 0);
   Room<uint16_t> halves(kernel.reads == kHalves ? count * to.parts * to.stride : 0);
-  Room<uint8_t> bytes(kernel.reads == kBytes ? count * to.stride : 0);
-  float steps[kMaxTokens];
   Room<float> sums(is_half ? count * w.outputs : 0);
-  if (is_ready) to.plain = static_cast<const float*>(x);
-  if (plain.data) fill_plain(x, is_half, w.inputs, to, plain.data), to.plain = plain.data;
-  if (lanes.data) fill_lanes(x, is_half, w.inputs, to, lanes.data), to.lanes = lanes.data;
+  if (is_ready) to.plain = static_cast<const float*>(given);
+  if (plain.data) fill_plain(given, is_given_half, w.inputs, to, plain.data), to.plain = plain.data;
+  if (lanes.data) fill_lanes(given, is_given_half, w.inputs, to, lanes.data), to.lanes = lanes.data;
   if (halves.data) fill_halves(x, is_half, w.inputs, to, halves.data), to.halves = halves.data;
-  if (bytes.data) fill_bytes(x, is_half, w.inputs, to, bytes.data, steps), to.bytes = bytes.data, to.steps = steps;
   float* into = is_half ? sums.data : static_cast<float*>(y);
   const auto part = [&](int64_t begin, int64_t end) {
     kernel.rows(w, to, into, begin, end);
@@ -223,3 +211,6 @@ GAPFX_API int gapfx_decode(const gapfx::decode::Layout* weight, const void* x, i
   gapfx::decode::product(*weight, x, count, bias, y, is_half, by_number, threads);
   return 0;
 }
+
+// Whether there are kernels here that go by masks, for values of a type (0 fp32, 1 bf16, 2 int8).
+GAPFX_API int gapfx_decode_has_masked(int type) { return gapfx::decode::has_masked(type); }

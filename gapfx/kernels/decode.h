@@ -42,6 +42,12 @@ struct Tokens {
 // y [count][outputs] in fp32, rows [begin, end).
 using Rows = void (*)(const Layout&, const Tokens&, float* y, int64_t begin, int64_t end);
 
+// Of the level in use: goes by the numbers of live columns, with one token plain and more in lanes, any type of values.
+Rows numbered_rows();
+
+// Lanes that so many tokens take.
+inline int width_of(int count) { return count <= 4 ? 4 : count <= 8 ? 8 : 16; }
+
 inline int64_t words_of(const Layout& w) { return (w.inputs + kWord - 1) / kWord; }
 
 }  // namespace gapfx::decode

@@ -27,7 +27,7 @@ SPARE = 64
 WORD = 64
 TYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Tokens from which live columns by number beat masks, by live share: (share up to, tokens). Measured on stacks of
-# layers that are larger than the caches, with tools/bench_decode.py.
+# layers that are larger than the caches, with tools/bench_decode.py, on AVX-512: without it nothing goes by masks.
 BY_NUMBER_FROM: dict[torch.dtype, tuple[tuple[float, int], ...]] = {
     torch.float32: ((0.15, 1), (0.3, 2), (1.0, 16)),
     torch.bfloat16: ((0.07, 1), (0.12, 3), (0.25, 6), (1.0, 16)),
@@ -107,7 +107,7 @@ def prepare(
     starts = F.pad(counts.cumsum(0), (1, 0))
     native.check_size("values", values, int(starts[-1]))
     share, totals = int(starts[-1]) / (outputs * inputs), None
-    first = by_number_from or next(tokens for up_to, tokens in BY_NUMBER_FROM[values.dtype] if share <= up_to)
+    first = by_number_from or _by_number_from(values.dtype, share)
     if values.dtype == torch.int8:
         totals = torch.zeros((outputs, inputs), dtype=torch.int32)
         totals = totals.masked_scatter_(mask, values.flatten().to(torch.int32)).sum(1, dtype=torch.int32)
@@ -116,6 +116,12 @@ def prepare(
     words = _words(mask, bits) if first > 1 or columns is None else None
     live = with_spare(values.flatten())
     return DecodeLayout((outputs, inputs), live, starts, words, columns, scales, totals, first)
+
+
+def _by_number_from(dtype: torch.dtype, share: float) -> int:
+    if not _library().gapfx_decode_has_masked(TYPES[dtype]):
+        return 1
+    return next(tokens for up_to, tokens in BY_NUMBER_FROM[dtype] if share <= up_to)
 
 
 def with_spare(values: Tensor) -> Tensor:
@@ -170,11 +176,15 @@ def _words(mask: Tensor, bits: Tensor) -> Tensor:
     return (each << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-@cache
-def _function() -> ctypes._NamedFuncPointer:  # pyright: ignore[reportPrivateUsage]
+def _library() -> ctypes.CDLL:
     found = native.library()
     assert found is not None
-    function = found.gapfx_decode
+    return found
+
+
+@cache
+def _function() -> ctypes._NamedFuncPointer:  # pyright: ignore[reportPrivateUsage]
+    function = _library().gapfx_decode
     pointer, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = [pointer, pointer, number, pointer, pointer, number, number, number]
     return function

@@ -12,7 +12,7 @@ from torch import Tensor
 from gapfx.kernels import setting
 from gapfx.kernels.setting import LEVELS
 
-ABI = 4
+ABI = 5
 SIZES = (2, 4, 8)
 FOLDER = Path(__file__).parent
 

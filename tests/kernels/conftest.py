@@ -10,13 +10,13 @@ from gapfx.kernels import native
 
 
 @pytest.fixture(params=range(len(native.LEVELS)), ids=native.LEVELS)
-def level(request: pytest.FixtureRequest) -> Generator[None]:
-    """All kernels use this level meanwhile."""
+def level(request: pytest.FixtureRequest) -> Generator[str]:
+    """All kernels use this level meanwhile; its name."""
     library = native.library()
     assert library is not None
     before = library.gapfx_level()
     if library.gapfx_use_level(request.param) != request.param:
         library.gapfx_use_level(before)
         pytest.skip("this processor lacks the instructions")
-    yield
+    yield native.LEVELS[request.param]
     library.gapfx_use_level(before)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gapfx.kernels import decode
+from gapfx.kernels import decode, native
 from gapfx.masks import pack
 from tests.kernels.needs import needs_kernels
 
@@ -26,6 +26,12 @@ def a_mask(shape: tuple[int, int], share: float) -> Tensor:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
     mask[0, 0] = True
     return mask
+
+
+def has_masked(dtype: torch.dtype) -> bool:
+    library = native.library()
+    assert library is not None
+    return bool(library.gapfx_decode_has_masked(decode.TYPES[dtype]))
 
 
 def cases() -> list[tuple[Tensor, int]]:
@@ -69,6 +75,26 @@ def test_int8_values_are_summed_exactly() -> None:
             x = torch.randint(-127, 128, (tokens, mask.shape[1]))
             x[:, 0] = 127  # so that a unit of the rounded token is 1
             assert torch.equal(decode.product(x.float(), layout, None), (x @ whole.t()).float())
+
+
+@pytest.mark.usefixtures("level")
+def test_int8_values_are_summed_exactly_beyond_what_fp32_can_hold() -> None:
+    mask = torch.ones(1, 5000, dtype=torch.bool)
+    live = torch.full((5000,), 127, dtype=torch.int8)
+    live[-1] = 1
+    for way in WAYS:
+        layout = decode.prepare(live, mask, pack(mask), scales=torch.tensor([1 / 128]), by_number_from=way)
+        for tokens in TOKENS:
+            found = decode.product(torch.full((tokens, 5000), 127.0), layout, None)
+            assert torch.equal(found, torch.full((tokens, 1), (4999 * 127 * 127 + 127) / 128))
+
+
+@pytest.mark.parametrize("dtype", list(decode.TYPES))
+def test_columns_are_taken_where_no_kernel_goes_by_masks(dtype: torch.dtype, level: str) -> None:
+    mask = a_mask((8, 64), 0.6)
+    layout = decode.prepare(torch.ones(int(mask.sum()), dtype=dtype), mask, pack(mask), scales=torch.ones(8))
+    by_columns = layout.words is None and layout.columns is not None and layout.by_number_from == 1
+    assert by_columns == (level != "avx512" or not has_masked(dtype))
 
 
 @pytest.mark.usefixtures("level")
