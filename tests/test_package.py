@@ -1,5 +1,6 @@
 """What a user gets from `pip install`: wheel, editable install, clone without symbolic links."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,24 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+NOT_BUILT = "not built: install gapfx where a C++ compiler is at hand"
+# Forward and backward of the layers of training, and the layer of inference, against torch's own.
+PRODUCTS = """
+import torch, gapfx
+import torch.nn.functional as F
+from gapfx.masks import pack
+from gapfx.ops.fixed_linear import fixed_linear
+from gapfx.ops.sparse_linear import sparse_linear
+mask = torch.rand(24, 40) < 0.3
+dense, x, bias = torch.randn(24, 40) * mask, torch.randn(20, 40, requires_grad=True), torch.randn(24)
+values, bits = dense[mask].view(-1, 1), pack(mask)
+found, wanted = sparse_linear(x, values, bits, bias, (24, 40)), F.linear(x, dense, bias)
+torch.testing.assert_close(found, wanted)
+of_found, of_wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted))
+torch.testing.assert_close(of_found, of_wanted)
+torch.testing.assert_close(fixed_linear(x.detach(), values, bits, bias, (24, 40)), wanted)
+print(gapfx.__file__)
+"""
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -24,8 +43,9 @@ def pins() -> dict[str, str]:
     return {name.lower(): version for name, version in (line.split("==") for line in lines)}
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    given, env = [str(part) for part in command], os.environ | variables
+    result = subprocess.run(given, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -112,3 +132,39 @@ print(gapfx.__version__, *sorted(path.name for path in pathlib.Path(spec.origin)
     assert {"__init__.py", "brand_new.py", "insert_masks.py"} <= set(names)
     bare = subprocess.run([python, "-I", "-c", "import passes"], cwd=tmp_path, capture_output=True, check=False)
     assert bare.returncode != 0
+
+
+@pytest.fixture(scope="module", params=["false", "/nowhere/c++"], ids=["that fails", "that is missing"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where gapfx lies after an install with a compiler like this; processes that start there import it from there."""
+    folder = tmp_path_factory.mktemp("installed")
+    checkout = copy_of_checkout(folder / "checkout")
+    target = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", folder / "target", checkout]
+    run(sys.executable, "-m", "pip", *target, cwd=folder, CC=request.param, CXX=request.param)
+    return folder / "target"
+
+
+def of_the_installed(folder: Path, *arguments: str | Path) -> str:
+    """What Python prints that finds gapfx in this folder before any other."""
+    return run(sys.executable, *arguments, cwd=folder, COLUMNS="200", GAPFX_NATIVE="")
+
+
+@pytest.mark.slow
+def test_with_such_a_compiler_the_install_goes_on_and_doctor_says_that_no_kernels_were_built(installed: Path) -> None:
+    assert list(installed.rglob("*.so")) == []
+    told = of_the_installed(installed, "-m", "gapfx", "doctor")
+    assert f"torch's, the native ones are {NOT_BUILT}\n" in told
+
+
+@pytest.mark.slow
+def test_with_such_a_compiler_torch_multiplies(installed: Path) -> None:
+    imported = of_the_installed(installed, "-c", PRODUCTS).strip()
+    assert Path(imported).is_relative_to(installed)
+
+
+@pytest.mark.slow
+def test_with_such_a_compiler_a_plan_names_the_reason_where_kernels_are_wanted(installed: Path) -> None:
+    task = ROOT / "tests" / "tasks" / "classify.py"
+    plan = of_the_installed(installed, "-m", "gapfx", "plan", task, "--kernels", "sparse")
+    assert re.search(r"^expand +1 +16x8 ", plan, flags=re.MULTILINE)
+    assert f"note: stem.weight: no sparse kernel: no native kernels: {NOT_BUILT}\n" in plan
