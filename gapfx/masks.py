@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gapfx.kernels import native
+
 MASK_PREFIX = "_gapfx_mask_"
 
 
@@ -39,6 +41,10 @@ def num_bytes(numel: int) -> int:
 
 def pack(mask: Tensor) -> Tensor:
     """Bool mask of any shape -> uint8 bits, shape [ceil(numel / 8)]; spare bits are 0."""
+    if native.can_pack(mask):
+        bits = mask.new_empty(num_bytes(mask.numel()), dtype=torch.uint8)
+        native.pack(mask.bool().contiguous(), bits)
+        return bits
     flat = F.pad(mask.detach().flatten().to(torch.uint8), (0, -mask.numel() % 8))
     return (flat.view(-1, 8) * _bit_values(mask.device)).sum(1, dtype=torch.uint8)
 
@@ -46,6 +52,10 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: Iterable[int]) -> Tensor:
     """Packed uint8 bits -> bool mask of `shape`."""
     size = tuple(shape)
+    if native.can_pack(bits) and bits.is_contiguous():
+        mask = bits.new_empty(size, dtype=torch.bool)
+        native.unpack(bits[: num_bytes(mask.numel())], mask)
+        return mask
     bools = _bytes_as_bools(bits.device)[bits.int()].view(torch.bool)
     return bools[: math.prod(size)].view(size)
 
@@ -67,6 +77,8 @@ def fill_masked(weight: Tensor, mask: Tensor) -> None:
 
 def count_kept(bits: Tensor) -> int:
     """Number of 1 bits."""
+    if native.can_pack(bits) and bits.is_contiguous():
+        return native.count(bits, bits.numel() * 8)
     return int(unpack(bits, (bits.numel() * 8,)).sum())
 
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "plan": "errors",
     "pattern": "errors registry kernels threshold",
     "criterion": "errors registry",
-    "masks": "errors pattern",
+    "masks": "errors pattern kernels",
     "kernels": ALLOWED_NOTHING,
     "threshold": "kernels",
     "ops": "errors masks kernels",

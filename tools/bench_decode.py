@@ -5,8 +5,8 @@
     GAPFX_NATIVE=avx2 python tools/bench_decode.py
 
 One thread, process CPU time, interleaved rounds, medians. Each line is a sparsity, each column a kernel: how many times
-faster than torch's fp32 linear layers of the same shapes. Without AVX-512 nothing goes by masks: those columns show what
-it takes to make the numbers of live columns at each call.
+faster than torch's fp32 linear layers of the same shapes. Without AVX-512 nothing goes by masks: those kernels then
+show what it takes to make the numbers of live columns at each call.
 """
 
 from __future__ import annotations

@@ -139,8 +139,7 @@ def _is_bfloat16(tensor: Tensor) -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = native.library()
-    assert found is not None
+    found = native.needed()
     address, integer = ctypes.c_void_p, ctypes.c_int
     common = [ctypes.POINTER(Geometry), ctypes.POINTER(_Live), address]
     found.gapfx_convolution_prepare.argtypes = [address, *[ctypes.c_int64] * 4, address, address]

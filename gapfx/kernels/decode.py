@@ -119,7 +119,7 @@ def prepare(
 
 
 def _by_number_from(dtype: torch.dtype, share: float) -> int:
-    if not _library().gapfx_decode_has_masked(TYPES[dtype]):
+    if not native.needed().gapfx_decode_has_masked(TYPES[dtype]):
         return 1
     return next(tokens for up_to, tokens in BY_NUMBER_FROM[dtype] if share <= up_to)
 
@@ -176,15 +176,9 @@ def _words(mask: Tensor, bits: Tensor) -> Tensor:
     return (each << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def _library() -> ctypes.CDLL:
-    found = native.library()
-    assert found is not None
-    return found
-
-
 @cache
 def _function() -> ctypes._NamedFuncPointer:  # pyright: ignore[reportPrivateUsage]
-    function = _library().gapfx_decode
+    function = native.needed().gapfx_decode
     pointer, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = [pointer, pointer, number, pointer, pointer, number, number, number]
     return function

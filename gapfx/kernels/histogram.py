@@ -46,8 +46,7 @@ def _given(scores: Tensor) -> tuple[int, int, int]:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = native.library()
-    assert found is not None
+    found = native.needed()
     scores = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     found.gapfx_histogram.argtypes = [*scores, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
     found.gapfx_mark.argtypes = [*scores, ctypes.c_uint32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]

@@ -180,8 +180,7 @@ def _fp32(values: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = native.library()
-    assert found is not None
+    found = native.needed()
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.gapfx_linear_has_blocks.argtypes = [pointer, size, size]
     found.gapfx_linear_prepare.argtypes = [pointer, *[size] * 5, *[pointer] * 3]

@@ -31,6 +31,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def needed() -> ctypes.CDLL:
+    """The kernels, where somebody has asked before whether they are there."""
+    found = library()
+    assert found is not None
+    return found
+
+
 @cache
 def missing_reason() -> str:
     """Why there are no native kernels; "" when there are."""
@@ -74,11 +81,25 @@ def gather(dense: Tensor, bits: Tensor, values: Tensor) -> None:
     _call("gapfx_gather", dense, bits, values, dense)
 
 
+def can_pack(tensor: Tensor) -> bool:
+    """Whether `pack` and `unpack` work on it: a plain tensor on the CPU, that has memory."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and library() is not None
+
+
+def pack(mask: Tensor, bits: Tensor) -> None:
+    """Write `bits` (contiguous), one for each element of a contiguous bool `mask`; spare ones are 0."""
+    needed().gapfx_pack(_address(mask), _address(bits), mask.numel(), torch.get_num_threads())
+
+
+def unpack(bits: Tensor, mask: Tensor) -> None:
+    """Write the bool `mask` (contiguous) from its bits."""
+    check_size("the bits of a mask", bits, (mask.numel() + 7) // 8)
+    needed().gapfx_unpack(_address(bits), _address(mask), mask.numel(), torch.get_num_threads())
+
+
 def count(bits: Tensor, numel: int) -> int:
     """Number of 1 bits among the first `numel`."""
-    found = library()
-    assert found is not None
-    return found.gapfx_count(_address(bits), numel)
+    return needed().gapfx_count(_address(bits), numel)
 
 
 def _call(name: str, source: Tensor, bits: Tensor, target: Tensor, dense: Tensor) -> None:
@@ -106,5 +127,6 @@ def _open(path: Path) -> ctypes.CDLL:
     three, size = [ctypes.c_void_p] * 3, [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     found.gapfx_expand.argtypes = found.gapfx_gather.argtypes = three + size
     found.gapfx_count.argtypes, found.gapfx_count.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    found.gapfx_pack.argtypes = found.gapfx_unpack.argtypes = [ctypes.c_void_p] * 2 + size[::2]
     found.gapfx_use_level.argtypes = [ctypes.c_int]
     return found

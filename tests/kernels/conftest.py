@@ -12,8 +12,7 @@ from gapfx.kernels import native
 @pytest.fixture(params=range(len(native.LEVELS)), ids=native.LEVELS)
 def level(request: pytest.FixtureRequest) -> Generator[str]:
     """All kernels use this level meanwhile; its name."""
-    library = native.library()
-    assert library is not None
+    library = native.needed()
     before = library.gapfx_level()
     if library.gapfx_use_level(request.param) != request.param:
         library.gapfx_use_level(before)

@@ -13,6 +13,8 @@
 extern "C" {
 int gapfx_use_level(int level);
 int64_t gapfx_count(const uint8_t* bits, int64_t numel);
+void gapfx_pack(const uint8_t* mask, uint8_t* bits, int64_t numel, int threads);
+void gapfx_unpack(const uint8_t* bits, uint8_t* mask, int64_t numel, int threads);
 int gapfx_expand(const void* values, const uint8_t* bits, void* dense, int64_t numel, int size, int threads);
 int gapfx_gather(const void* dense, const uint8_t* bits, void* values, int64_t numel, int size, int threads);
 int gapfx_linear_has_blocks(const uint8_t* bits, int64_t outputs, int64_t inputs);
@@ -86,6 +88,18 @@ void expand_and_gather() {
           gapfx_expand(start(values), bits.data(), dense.data(), numel, size, threads);
           gapfx_gather(dense.data(), bits.data(), start(values), numel, size, threads);
         }
+}
+
+void pack_and_unpack() {
+  for (int64_t numel : {0, 1, 7, 8, 9, 63, 64, 65, 129, 1000, (1 << 20) + 9})
+    for (int threads : {1, 3}) {
+      auto bits = some_bits(1, numel, 1, 50);
+      const auto wanted = bits;
+      std::vector<uint8_t> mask(numel);
+      gapfx_unpack(start(bits), start(mask), numel, threads);
+      gapfx_pack(start(mask), start(bits), numel, threads);
+      if (bits != wanted) std::abort();
+    }
 }
 
 void one_linear(int64_t outputs, int64_t inputs, int64_t wanted, int percent, int64_t tokens, int is_fp32, int threads) {
@@ -227,6 +241,7 @@ struct Family {
 
 const Family families[] = {
     {"expand and gather", expand_and_gather},
+    {"pack and unpack", pack_and_unpack},
     {"linear", linear},
     {"convolution", convolution},
     {"decode", decode},

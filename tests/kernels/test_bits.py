@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapfx.kernels import native
-from gapfx.masks import pack
+from gapfx.masks import num_bytes, pack
 from tests.kernels.needs import needs_kernels
 
 pytestmark = needs_kernels
@@ -83,6 +83,34 @@ def test_spare_bits_of_the_last_byte_are_no_weights() -> None:
     native.gather(torch.arange(3.0), bits, values[:3])
     assert values.tolist() == [0, 1, 2] + [SENTINEL] * 8
     assert native.count(bits, 3) == 3
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("size", [*SIZES, 0, (1 << 20) + 77])
+def test_masks_are_packed_and_unpacked_as_torch_does(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = a_case(size, 0.5, torch.float32)[0]
+    room = torch.full((size + 8,), True)
+    bits = torch.full((num_bytes(size) + 8,), 255, dtype=torch.uint8)
+    native.pack(mask, bits[: num_bytes(size)])
+    native.unpack(bits[: num_bytes(size)], room[:size])
+    monkeypatch.setattr(native, "can_pack", lambda tensor: False)
+    assert torch.equal(bits[: num_bytes(size)], pack(mask))
+    assert torch.equal(room[:size], mask)
+    assert bool(room[size:].all())
+    assert bits[num_bytes(size) :].tolist() == [255] * 8
+
+
+@pytest.mark.usefixtures("level")
+def test_any_byte_but_0_is_true() -> None:
+    mask = torch.arange(256, dtype=torch.uint8).view(torch.bool)
+    bits = torch.empty(32, dtype=torch.uint8)
+    native.pack(mask, bits)
+    assert bits.tolist() == [254] + [255] * 31
+
+
+def test_bits_for_another_number_of_weights_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="the bits of a mask should have 2 elements, it has 1"):
+        native.unpack(torch.zeros(1, dtype=torch.uint8), torch.zeros(9, dtype=torch.bool))
 
 
 def test_values_of_one_byte_are_refused() -> None:

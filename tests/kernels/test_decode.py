@@ -29,9 +29,7 @@ def a_mask(shape: tuple[int, int], share: float) -> Tensor:
 
 
 def has_masked(dtype: torch.dtype) -> bool:
-    library = native.library()
-    assert library is not None
-    return bool(library.gapfx_decode_has_masked(decode.TYPES[dtype]))
+    return bool(native.needed().gapfx_decode_has_masked(decode.TYPES[dtype]))
 
 
 def cases() -> list[tuple[Tensor, int]]:
