@@ -38,7 +38,9 @@ Sparsity = Annotated[float | None, typer.Option(help="Share of zeros in each pla
 Groups = Annotated[str | None, typer.Option(help="Number of groups that grow in turn, or auto.")]
 PartitionOption = Annotated[str | None, typer.Option(help="blocks, params, stages, random or by-hand.")]
 GroupGlobs = Annotated[list[str] | None, typer.Option(help="Weights of one group by hand, globs joined by |.")]
-PatternOption = Annotated[str | None, typer.Option(help="unstructured, N:M (2:4) or block:RxC (block:4x1).")]
+PatternOption = Annotated[
+    str | None, typer.Option(help="unstructured, N:M (2:4), block:RxC (block:4x1), or auto: by what is faster here.")
+]
 AllocationOption = Annotated[
     str | None,
     typer.Option(

@@ -36,6 +36,7 @@ from gapfx.realise import owner_forms
 from gapfx.verify import verify
 
 AUTO_GROUPS = 4
+AUTO_PATTERN = "auto"  # unstructured, or blocks where their kernels are clearly faster
 StrategyName = Strategy
 Allocation = Literal["uniform", "erk", "global"]
 Form = Literal["masked", "compact"]
@@ -132,6 +133,7 @@ def _compile(
     once: Once,
 ) -> Compiled:
     model = unit.capture.model
+    _check_auto_pattern(options)
     if plan is not None:
         _check_rules(plan)
         plan.check_model({fqn: tuple(p.shape) for fqn, p in model.named_parameters(remove_duplicate=False)})
@@ -162,6 +164,14 @@ def _compile(
     return Compiled(module, made, (*notes, *choices.notes), choices)
 
 
+def _check_auto_pattern(options: CompileOptions) -> None:
+    if options.pattern == AUTO_PATTERN and (options.form != "compact" or options.kernels == "expand"):
+        raise UserError(
+            "the pattern auto goes by the kernels that skip zeros, which are not to be used here",
+            fix="take --form compact and --kernels auto, or name a pattern",
+        )
+
+
 def _choose(
     unit: Unit, passes: Sequence[Pass], options: CompileOptions, *, is_planned: bool, once: Once
 ) -> KernelChoices:
@@ -172,7 +182,8 @@ def _choose(
     elif is_planned and options.kernels == "auto":
         chooser = ChooseKernels("plan")
     else:
-        chooser = given or ChooseKernels(options.kernels, options.calibrate, options.dtype)
+        blocks = options.pattern == AUTO_PATTERN and not is_planned
+        chooser = given or ChooseKernels(options.kernels, options.calibrate, options.dtype, blocks)
     choices = once(lambda: unit.fact(chooser))
     unit.assume(ChooseKernels, choices)
     return choices
@@ -186,7 +197,8 @@ def _eval_notes(unit: Unit) -> tuple[str, ...]:
 
 def _pipeline(options: CompileOptions, unit: Unit) -> Pipeline:
     find = FindWeights(dense=options.dense, embeddings=options.prune_embeddings)
-    allocate = AllocateSparsity(options.sparsity, options.allocation, options.pattern)
+    pattern = "unstructured" if options.pattern == AUTO_PATTERN else options.pattern
+    allocate = AllocateSparsity(options.sparsity, options.allocation, pattern)
     unit.choose(find)
     return default_pipeline(find, _partition(options, unit), allocate)
 

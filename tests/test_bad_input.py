@@ -52,6 +52,7 @@ FLAG_MISTAKES = {
     "gmp to a fixed pattern": (("--method", "gmp", "--pattern", "2:4"), "which cannot be reached step by step"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),
+    "auto pattern without kernels": (("--pattern", "auto", "--form", "masked"), "the pattern auto goes by the kernels"),
     "pattern keeps more than all": (("--pattern", "5:4"), "keeps 5 of 4"),
     "too many groups": (("--groups", 99), "99 groups"),
     "groups is a word": (("--groups", "some"), "groups is 'some', expected a whole number or auto"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gapfx.calibration import Times
+from gapfx.calibration import Case, Times
 from gapfx.calibration.cache import write_times
 from gapfx.compiler import Unit, realise
 from gapfx.kernels import native
@@ -85,6 +85,55 @@ def test_what_took_no_effect_is_not_in_the_plan() -> None:
     plan = unit.fact(ChooseKernels()).taken(set()).on(unit.latest(AllocateSparsity))
     assert {w.kernel for w in plan.weights()} == {"expand"}
     assert {w.fqn: w.gain for w in plan.weights()}["large.weight"] == 0.75
+
+
+def keep_times_of_blocks(unit: Unit, fqn: str, times: Mapping[str, Times]) -> None:
+    """As if the cases of this weight had been measured with these patterns."""
+    cases = unit.fact(ChooseKernels("plan")).by_weight[fqn].cases
+    measured = {dataclasses.replace(case, pattern=p).key(): of_p for p, of_p in times.items() for case in cases}
+    assert write_times(measured) == ""
+
+
+@pytest.mark.parametrize(
+    ("finest", "four", "sixteen", "chosen"),
+    [
+        (1e-3, 0.9e-3, 0.9e-3, "unstructured"),
+        (1e-3, 0.7e-3, 0.6e-3, "block:4x1"),
+        (1e-3, 0.7e-3, 0.5e-3, "block:16x1"),
+        (4e-3, 2e-3, 1.9e-3, "block:4x1"),
+        (4e-3, 3.9e-3, 3.9e-3, "unstructured"),
+    ],
+)
+def test_a_coarser_pattern_has_to_win_by_a_fifth(finest: float, four: float, sixteen: float, chosen: str) -> None:
+    unit = a_unit()
+    times = {"unstructured": finest, "block:4x1": four, "block:16x1": sixteen}
+    keep_times_of_blocks(unit, "large.weight", {p: Times(3e-3, 4e-3, sparse) for p, sparse in times.items()})
+    choices = unit.fact(ChooseKernels(blocks=True))
+    plan = choices.taken({"large.weight"}).on(unit.latest(AllocateSparsity))
+    patterns = {w.fqn: w.pattern for w in plan.weights()}
+    assert patterns["large.weight"] == chosen
+    not_taken = choices.taken(set()).on(unit.latest(AllocateSparsity))
+    assert {w.pattern for w in not_taken.weights()} == {"unstructured"}
+
+
+def test_without_measuring_a_weight_stays_unstructured() -> None:
+    unit = a_unit(0.9)
+    choices = unit.fact(ChooseKernels(calibrate=False, blocks=True))
+    assert {choice.pattern for choice in choices.by_weight.values()} == {""}
+
+
+def test_only_blocks_that_fit_the_shape_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def measure(case: Case) -> Times:
+        timed.append(case.pattern)
+        return Times(3e-3, 3e-3, 2e-3)
+
+    monkeypatch.setattr("gapfx.calibration.table.measure", measure)
+    unit = default_pipeline(partition=Partition(groups=1)).run(Unit(captured(nn.Linear(64, 252), torch.randn(80, 64))))
+    LowerCompact().apply(unit)
+    unit.fact(ChooseKernels(blocks=True))
+    assert sorted(timed) == ["block:4x1", "unstructured"]
 
 
 def test_small_layers_are_neither_measured_nor_made_sparse() -> None:
