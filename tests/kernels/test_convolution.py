@@ -10,7 +10,6 @@ import torch
 
 from gapfx.kernels import convolution as kernels
 from gapfx.ops.convolution import ConvSettings
-from gapfx.ops.sparse_convolution import sparse_convolution
 from tests.kernels.needs import needs_kernels
 from tests.ops.compact import Weight, a_weight
 from tests.ops.convolutions import check, ours, settings_of
@@ -118,19 +117,6 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once() -> None:
     for stride, padding in ((1, 0), (1, 1), (2, 1)):
         weight = a_weight(8, 20, 3, 3, dtype=torch.bfloat16)
         check(weight, torch.randn(2, 20, 9, 9).bfloat16(), settings_of(weight, stride, padding), 2**-8)
-
-
-@pytest.mark.usefixtures("level")
-def test_nan_and_infinity_pass_through_live_weights_alone() -> None:
-    torch.manual_seed(0)
-    mask = torch.zeros(2, 3, 1, 1, dtype=torch.bool)
-    mask[0, 0], mask[1, 1:] = True, True
-    weight = Weight(torch.randn(mask.shape) * mask, mask)
-    x = torch.randn(1, 3, 5, 5)
-    x[0, 0, 2, 2], x[0, 1, 1, 3] = torch.nan, torch.inf
-    y = sparse_convolution(x, weight.values, weight.bits, None, mask.shape, settings_of(weight).to_ints())
-    assert y[0, 0].isnan().nonzero().tolist() == [[2, 2]]
-    assert y[0, 1].isfinite().logical_not().nonzero().tolist() == [[1, 3]]
 
 
 @pytest.mark.usefixtures("level")

@@ -129,33 +129,6 @@ def test_nothing_is_made_of_what_is_not_needed() -> None:
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_nan_and_infinity_reach_what_live_weights_take_there(block: int) -> None:
-    torch.manual_seed(0)
-    mask = a_mask(32, 40, 0.3, block)
-    weight, values = torch.rand(32, 40) * mask, torch.empty(0)
-    values = weight[mask].view(-1, 1)
-    x = torch.rand(70, 40)
-    x[3, 5], x[66, 39] = torch.nan, torch.inf
-    index = linear.index_of(pack(mask), mask.shape)
-    y = linear.forward(x, values, index, None)
-    assert torch.equal(y[3].isnan(), mask[:, 5])
-    assert torch.equal(y[66].isinf(), mask[:, 39])
-    rest = torch.ones(70, dtype=torch.bool)
-    rest[[3, 66]] = False
-    assert bool(y[rest].isfinite().all())
-    gradient = torch.rand(70, 32)
-    gradient[69, 7] = torch.nan
-    of_x, of_values = linear.backward(gradient, x, values, index, needs_x=True, needs_values=True)
-    assert of_x is not None
-    assert of_values is not None
-    assert torch.equal(of_x[69].isnan(), mask[7])
-    assert bool(of_x[:69].isfinite().all())
-    touched = torch.zeros_like(mask)
-    touched[:, 5], touched[7] = True, True
-    assert torch.equal(of_values.isnan().view(-1), touched[mask])
-
-
 def test_rows_that_share_their_columns_are_found_and_stored_once() -> None:
     torch.manual_seed(0)
     blocks, apart = a_mask(64, 50, 0.3, 4), a_mask(64, 50, 0.3, 1)
