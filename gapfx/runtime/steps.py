@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gapfx.errors import DivergedError, Interrupted
 from gapfx.ops.sparse_linear import preparation_seconds
 from gapfx.plan import Phase, Plan
 from gapfx.runtime.checkpoint import checkpoint_name, save_checkpoint
-from gapfx.runtime.engine import Engine, EngineOptions, LossFunction, OptimizerFactory, local_device
+from gapfx.runtime.engine import Engine, EngineOptions, LossFunction, OptimizerFactory, buffers_of, local_device
 from gapfx.runtime.evaluation import Evaluate, evaluated
 from gapfx.runtime.exchange import build_module, evaluation_module, fill_engine, give_back, take_state
 from gapfx.runtime.feed import Feed, to_model
@@ -28,6 +28,9 @@ from gapfx.runtime.state import TrainState
 from gapfx.runtime.teams import Team
 
 Event = dict[str, Any]
+# Schedulers kill half a minute after they ask; steps below this are not broken off, which would cost a collective each
+# micro-batch.
+LONG_STEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Job:
     """What to train and how. `live` are the weights of which engines hold live values alone.
 
     `regrow_warmup` is the length in steps of the warm-up of new weights (see gapfx.runtime.regrow), 0 for none. `emit`
-    receives events on every rank; `should_stop` is asked after every step and before every batch of an evaluation.
+    receives events on every rank; `should_stop` is asked after every step, between the micro-batches of long steps, and
+    before every batch of an evaluation.
     """
 
     plan: Plan
@@ -126,14 +130,23 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
     first, is_whole = state.step, phase.replicas == 1
     feed = job.feed.among(run.team.peers.rank, run.team.peers.size)
     preparation_seconds(reset=True)  # of kernels that another phase or a measurement has used
+    is_long = True  # nobody knows yet
     for offset, batches in enumerate(feed.steps(first, phase.stop)):
         factor = factor_at(first + offset, phase, job.plan.num_steps, job.lr)
         moved = (to_model(batch, device, dtype) for batch in batches)
-        result = engine.train_step(moved, job.loss, factor)
+        before, step_began = _copied_buffers(engine) if is_long else {}, time.monotonic()
+        try:
+            result = engine.train_step(_unless_stopped(job, moved) if is_long else moved, job.loss, factor)
+        except _GivenUp:
+            _put_back(engine, before)
+            if is_whole and state.step > first:
+                _save(run, engine, state)
+            raise _stopped(state) from None
         state.step = first + offset + 1
         # Weights are lost with an infinite gradient, though the loss of this step is still a number.
         value = math.inf if math.isinf(result.grad_norm) and math.isfinite(result.loss) else result.loss
-        loss, stop = _agree(run.team, value, job.should_stop(), state.step)
+        seconds = time.monotonic() - step_began
+        loss, stop, is_long = _agree(run.team, value, job.should_stop(), state.step, seconds)
         is_last = state.step == phase.stop
         if is_last or _is_due(state.step, pace.log):
             facts = {"loss": loss, "lr": engine.lr(factor), "grad_norm": result.grad_norm}
@@ -147,9 +160,7 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
                 _evaluate(run, engine.module, state)
         stop = stop or bool(state.owed)
         if is_whole and (stop or (not is_last and _is_due(state.step, pace.checkpoint))):
-            take_state(engine, state, is_last=False)
-            write_checkpoint(run, state)
-            give_back(engine, state)
+            _save(run, engine, state)
         if stop:
             raise _stopped(state)
 
@@ -158,12 +169,40 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _agree(team: Team, loss: float, stop: bool, step: int) -> tuple[float, bool]:
-    """Mean loss of the team, and whether any rank of all wants to stop: one collective a step, or two for teams.
+def _save(run: PhaseRun, engine: Engine, state: TrainState) -> None:
+    take_state(engine, state, is_last=False)
+    write_checkpoint(run, state)
+    give_back(engine, state)
 
-    Raises DivergedError on every rank when the loss of any is not finite.
+
+class _GivenUp(Exception):
+    """A stop was asked for in the middle of a step, which will be made anew."""
+
+
+def _unless_stopped(job: Job, batches: Iterable[Any]) -> Iterator[Any]:
+    """The micro-batches of a step, until any rank wants to stop (collective between two of them)."""
+    for turn, batch in enumerate(batches):
+        if turn and float(Peers.all().total(torch.tensor([float(job.should_stop())]))[0]):
+            raise _GivenUp
+        yield batch
+
+
+def _copied_buffers(engine: Engine) -> dict[str, Tensor]:
+    """What forwards may change, such as running means: the only part of a step that is there before its end."""
+    return {fqn: buffer.clone() for fqn, buffer in buffers_of(engine.module)}
+
+
+def _put_back(engine: Engine, buffers: dict[str, Tensor]) -> None:
+    for fqn, buffer in buffers_of(engine.module):
+        buffer.copy_(buffers[fqn])
+
+
+def _agree(team: Team, loss: float, stop: bool, step: int, seconds: float) -> tuple[float, bool, bool]:
+    """Mean loss of the team, whether any rank of all wants to stop, and whether steps are long on the mean of all.
+
+    One collective a step, or two for teams. Raises DivergedError on every rank when the loss of any is not finite.
     """
-    facts = torch.tensor([loss, float(stop), float(not math.isfinite(loss))], dtype=torch.float64)
+    facts = torch.tensor([loss, float(stop), float(not math.isfinite(loss)), seconds], dtype=torch.float64)
     facts = team.peers.total(facts)
     mean = float(facts[0]) / team.peers.size
     if team.count > 1:
@@ -175,7 +214,7 @@ def _agree(team: Team, loss: float, stop: bool, step: int) -> tuple[float, bool]
             f"the loss{whose} is {told} at step {step}{', or a gradient is' if math.isinf(told) else ''}",
             fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
         )
-    return mean, float(facts[1]) > 0
+    return mean, float(facts[1]) > 0, float(facts[3]) > LONG_STEP_SECONDS * Peers.all().size
 
 
 def _evaluate(run: PhaseRun, module: nn.Module, state: TrainState) -> None:

@@ -193,9 +193,9 @@ def _stop_after(patch: pytest.MonkeyPatch, num_steps: int) -> None:
     """As a Ctrl-C in the given step would."""
     agree, count = steps._agree, [0]  # pyright: ignore[reportPrivateUsage]
 
-    def stop(team: Team, loss: float, asked: bool, step: int) -> tuple[float, bool]:
+    def stop(team: Team, loss: float, asked: bool, step: int, seconds: float) -> tuple[float, bool, bool]:
         count[0] += 1
-        return agree(team, loss, asked or count[0] >= num_steps, step)
+        return agree(team, loss, asked or count[0] >= num_steps, step, seconds)
 
     patch.setattr(steps, "_agree", stop)
 
