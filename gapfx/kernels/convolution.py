@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapfx.kernels import native
+from gapfx.kernels.preparation import preparing
 
 Numbers = Sequence[int]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -115,6 +116,7 @@ def tile_width(columns: int, num_live: int, rows: int) -> int:
     return -(-columns // -(-columns // most))
 
 
+@preparing()
 def _prepare(bits: Tensor, shape: Numbers, groups: int) -> Live:
     rows, columns = shape[0], math.prod(shape[1:])
     bits = bits.contiguous()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gapfx.kernels import native
+from gapfx.kernels.preparation import preparing
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_SIDE = 1 << 16
@@ -29,8 +29,6 @@ SPARE = 16
 # so that few live weights take a larger one. Blocks read a panel a quarter as often and live on the second cache.
 SMALL_TILE, LARGE_TILE, BLOCK_TILE = 96, 192, 768
 LIVE_IN_SMALL = 24
-
-_preparing = 0.0
 
 
 class _Pattern(ctypes.Structure):
@@ -96,18 +94,8 @@ def index_of(bits: Tensor, shape: Sequence[int]) -> Index:
     return kept[1]
 
 
-def preparation_seconds(*, reset: bool = False) -> float:
-    """Seconds spent on making indices since the last reset."""
-    global _preparing
-    spent = _preparing
-    if reset:
-        _preparing = 0.0
-    return spent
-
-
+@preparing()
 def _prepare(bits: Tensor, shape: tuple[int, int]) -> Index:
-    global _preparing
-    begin = time.perf_counter()
     outputs, inputs = shape
     bits = bits.contiguous()
     num = native.count(bits, outputs * inputs)
@@ -121,7 +109,6 @@ def _prepare(bits: Tensor, shape: tuple[int, int]) -> Index:
     turned_starts = torch.empty((-(-rows // turned_tile), inputs + 1), dtype=torch.int32)
     made = (columns.data_ptr(), starts.data_ptr(), turned_starts.data_ptr())
     _library().gapfx_linear_prepare(bits.data_ptr(), outputs, inputs, block, tile, turned_tile, *made)
-    _preparing += time.perf_counter() - begin
     return Index(shape, block, tile, turned_tile, columns, starts, turned_starts)
 
 

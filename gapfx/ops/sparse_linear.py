@@ -20,7 +20,6 @@ from gapfx.ops import linear as dense
 from gapfx.ops.autocast import autocast_like_a_product
 
 refusal = kernels.refusal
-preparation_seconds = kernels.preparation_seconds
 
 
 def _can_take(values: Tensor, shape: Sequence[int], *others: Tensor | None) -> bool:

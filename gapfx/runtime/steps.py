@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gapfx.errors import DivergedError, Interrupted
-from gapfx.ops.sparse_linear import preparation_seconds
+from gapfx.ops.preparation import preparation_seconds
 from gapfx.plan import Phase, Plan
 from gapfx.runtime.checkpoint import checkpoint_name, save_checkpoint
 from gapfx.runtime.engine import Engine, EngineOptions, LossFunction, OptimizerFactory, buffers_of, local_device

@@ -10,7 +10,9 @@ from torch import Tensor
 from gapfx.kernels import convolution as kernels
 from gapfx.masks import pack
 from gapfx.ops.convolution import ConvSettings, convolution
+from gapfx.ops.preparation import preparation_seconds
 from gapfx.ops.sparse_convolution import refusal, sparse_convolution
+from gapfx.ops.sparse_linear import sparse_linear
 from tests.kernels.needs import needs_kernels
 from tests.ops.compact import a_weight, bytes_kept
 from tests.ops.convolutions import gradients, settings_of
@@ -44,6 +46,21 @@ def test_bits_that_change_in_place_are_prepared_again() -> None:
             sparse_convolution(x, first.values, first.bits.clone(), None, (4, 3, 3, 3), settings),
             F.conv2d(x, first.dense),
         )
+
+
+def test_preparation_counts_with_that_of_linear_layers_until_it_is_reset() -> None:
+    preparation_seconds(reset=True)
+    weight = a_weight(16, 8, 3, 3)
+    x, bits, settings = torch.randn(1, 8, 6, 6), weight.bits, settings_of(weight).to_ints()
+    sparse_convolution(x, weight.values, bits, None, (16, 8, 3, 3), settings)
+    of_convolution = preparation_seconds()
+    assert of_convolution > 0
+    sparse_convolution(x, weight.values, bits, None, (16, 8, 3, 3), settings)
+    assert preparation_seconds() == of_convolution
+    linear = a_weight(24, 32)
+    sparse_linear(torch.randn(4, 32), linear.values, linear.bits, None, (24, 32))
+    assert preparation_seconds(reset=True) > of_convolution
+    assert preparation_seconds() == 0
 
 
 def test_a_weight_that_is_all_live_or_masked_goes_the_dense_way() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from gapfx.kernels import linear as kernels
 from gapfx.masks import pack
 from gapfx.ops.linear import linear
-from gapfx.ops.sparse_linear import preparation_seconds, refusal, sparse_linear
+from gapfx.ops.preparation import preparation_seconds
+from gapfx.ops.sparse_linear import refusal, sparse_linear
 from tests.kernels.needs import needs_kernels
 from tests.ops.compact import Weight, a_weight, bytes_kept, run
 
