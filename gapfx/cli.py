@@ -68,6 +68,9 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 PlanOption = Annotated[Path | None, typer.Option(help="Use this plan.json, edited by hand for example.")]
 Passes = Annotated[str | None, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
 ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each pass changed in the graphs.")]
+BenchSeconds = Annotated[
+    float, typer.Option(help="Time for all of it, about; a compilation that has begun is not broken off.", min=1)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -196,7 +199,7 @@ def bench(
     kernels: Kernels = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2; torch's own by default.")] = "",
-    seconds: Annotated[float, typer.Option(help="Time for measuring, about.", min=1)] = 60,
+    seconds: BenchSeconds = 60,
     with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,16 +210,18 @@ def show_bench(source: Source, threads: str, seconds: float, *, with_compile: bo
 
     Also whether Ctrl-C stopped it.
     """
+    began = time.monotonic()  # loading torch takes part of the time too
+    from gapfx.bench.clock import Stopwatch
     from gapfx.bench.command import STOPPED, bench_run, bench_task
     from gapfx.bench.verdict import format_findings
 
-    numbers = _threads(threads)
+    numbers, watch = _threads(threads), Stopwatch(seconds, began=began)
     if Path(source.task).is_dir():
         _refuse_settings({**source.flags, "entry": source.entry or None})
-        findings = bench_run(Path(source.task), numbers, seconds, with_compile=with_compile)
+        findings = bench_run(Path(source.task), numbers, watch, with_compile=with_compile)
     else:
         task, settings = source.load()
-        findings = bench_task(task, settings, numbers, seconds, with_compile=with_compile)
+        findings = bench_task(task, settings, numbers, watch, with_compile=with_compile)
     return findings.to_json() if as_json else format_findings(findings), STOPPED in findings.notes
 
 

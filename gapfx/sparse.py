@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gapfx.calibration.cases import Dtype
+from gapfx.calibration.table import LIMIT_SECONDS
 from gapfx.calibration.whole import step_seconds
 from gapfx.capture import capture, eval_reads
 from gapfx.capture.state import collector_paused, restored
@@ -48,8 +49,8 @@ class CompileOptions:
     """What the analyses are asked for. `passes` is a whole pipeline as text and replaces all options but `form` ones.
 
     With the form "compact" weights may be held by their live values alone, see `gapfx.passes.lower_compact`; `kernels`,
-    `calibrate` and `dtype` (of the training) then say how their products run, see `gapfx.passes.choose_kernels`. With
-    `explain` and `calibrate` a step of the dense model is timed too.
+    `calibrate`, for `calibration_seconds` at most, and `dtype` (of the training) then say how their products run, see
+    `gapfx.passes.choose_kernels`. With `explain` and `calibrate` a step of the dense model is timed too.
     """
 
     sparsity: float = 0.9
@@ -64,6 +65,7 @@ class CompileOptions:
     form: Form = "masked"
     kernels: Literal["auto", "expand", "sparse"] = "expand"
     calibrate: bool = True
+    calibration_seconds: float = LIMIT_SECONDS
     dtype: Dtype = "fp32"
     explain: bool = False
     seed: int = 0
@@ -182,8 +184,8 @@ def _choose(
     elif is_planned and options.kernels == "auto":
         chooser = ChooseKernels("plan")
     else:
-        blocks = options.pattern == AUTO_PATTERN and not is_planned
-        chooser = given or ChooseKernels(options.kernels, options.calibrate, options.dtype, blocks)
+        blocks, limit = options.pattern == AUTO_PATTERN and not is_planned, options.calibration_seconds
+        chooser = given or ChooseKernels(options.kernels, options.calibrate, options.dtype, limit, blocks)
     choices = once(lambda: unit.fact(chooser))
     unit.assume(ChooseKernels, choices)
     return choices

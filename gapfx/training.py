@@ -60,6 +60,7 @@ class Request:
     force: bool = False
     plan: Path | None = None
     explain: bool = False
+    calibration_seconds: float = CompileOptions.calibration_seconds
     observer: Observer | None = None
     watchers: tuple[Watcher, ...] = ()
     stream: TextIO = field(default_factory=lambda: sys.stdout)
@@ -182,7 +183,9 @@ def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, 
     """The task's model, masked, with its plan; captured on the first micro-batch and verified on the second."""
     assert task.loss is not None
     loss = task.loss
-    options = dataclasses.replace(compile_options(settings), explain=request.explain)
+    options = compile_options(settings)
+    limit = request.calibration_seconds
+    options = dataclasses.replace(options, explain=request.explain, calibration_seconds=limit)
     with _building(settings, feed, request) as building:
         with building:
             model = build_model(task, settings)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from gapfx.calibration import Answers, Case, Times, answer
 from gapfx.calibration.cases import Dtype
 from gapfx.calibration.refusals import refusal
-from gapfx.calibration.table import better
+from gapfx.calibration.table import LIMIT_SECONDS, better
 from gapfx.compiler import Analysis, Unit, register
 from gapfx.lowered import cases_of
 from gapfx.passes.allocate_sparsity import AllocateSparsity
@@ -90,16 +90,17 @@ class KernelChoices:
 class ChooseKernels(Analysis[KernelChoices]):
     """Densify + GEMM or kernels that skip zeros, for each weight whose product `lower-compact` has replaced.
 
-    `auto` takes what is faster in forward and backward together, measured at the sizes of the capture; without
-    `calibrate` stored break-evens decide. `expand` and `sparse` take that everywhere, `plan` what the plan says; all as
-    far as a kernel takes the weight. With `blocks` an unstructured weight gets blocks of 4 or 16 outputs where its
-    kernel is a fifth faster with them.
+    `auto` takes what is faster in forward and backward together, measured at the sizes of the capture, for
+    `limit_seconds` at most; without `calibrate` stored break-evens decide. `expand` and `sparse` take that everywhere,
+    `plan` what the plan says; all as far as a kernel takes the weight. With `blocks` an unstructured weight gets blocks
+    of 4 or 16 outputs where its kernel is a fifth faster with them.
     """
 
     name: ClassVar[str] = "choose-kernels"
     mode: Mode = "auto"
     calibrate: bool = True
     dtype: Dtype = "fp32"
+    limit_seconds: float = LIMIT_SECONDS
     blocks: bool = False
 
     def compute(self, unit: Unit) -> KernelChoices:
@@ -110,7 +111,7 @@ class ChooseKernels(Analysis[KernelChoices]):
             return KernelChoices({w.fqn: self._as_told(w, cases.get(w.fqn, ())) for w in weights})
         ways = {w.fqn: self._patterns(w, cases.get(w.fqn, ())) for w in weights}
         wanted = [case for each in ways.values() for some in each.values() for case in some]
-        answers = answer(wanted, calibrate=self.calibrate)
+        answers = answer(wanted, calibrate=self.calibrate, limit_seconds=self.limit_seconds)
         choices = {fqn: self._best_pattern(each, answers) for fqn, each in ways.items()}
         return KernelChoices(choices, answers.notes, is_everywhere=self.mode == "sparse")
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from gapfx.bench.clock import Stopwatch
+from gapfx.bench.compilation import reserved
 from gapfx.bench.deployed import deploy
 from gapfx.bench.findings import Findings
 from gapfx.bench.inference import ModelTimer
 from gapfx.bench.layers import time_layers
-from gapfx.bench.models import Bench, time_model
+from gapfx.bench.models import LOWERING, Bench, time_model
 from gapfx.bench.served_layers import TOKENS, time_served
 from gapfx.bench.two_of_four import capability_of, refusal, time_two_of_four
 from gapfx.doctor import processor
@@ -34,7 +35,7 @@ STOPPED = "stopped by Ctrl-C: only what was timed so far is shown"
 
 
 def bench_task(
-    task: Task, settings: Settings, threads: Sequence[int], seconds: float, *, with_compile: bool
+    task: Task, settings: Settings, threads: Sequence[int], watch: Stopwatch, *, with_compile: bool
 ) -> Findings:
     """Layers and whole model of a task at its micro-batch, with each number of threads.
 
@@ -48,9 +49,9 @@ def bench_task(
     bench = dataclasses.replace(bench, batch=bench.on_device(_first_batch(feed)))
     plan: list[Plan] = []
 
-    def measure(watch: Stopwatch, share: float) -> None:
+    def measure(share: float) -> None:
         # All lowered products, to know the classes of layers and their sizes.
-        compiled = bench.compiled(kernels="sparse", calibrate=False)
+        compiled = watch.keep(LOWERING, lambda: bench.compiled(kernels="sparse", calibrate=False))
         plan.append(compiled.plan)
         cases = [case for choice in compiled.choices.by_weight.values() for case in choice.cases]
         positions = max((case.positions for case in cases), default=0)
@@ -59,54 +60,53 @@ def bench_task(
             time_two_of_four(plan[-1].weights(), watch, (positions,), LAYER_SHARE * share)
         time_model(bench, watch, positions, watch.left * share)
 
-    watch, notes = _on_threads(measure, threads, seconds)
+    notes = _on_threads(measure, threads)
     num_groups = len(plan[0].groups) if plan else 0
     facts = (_device(device), settings.dtype, settings.sparsity, settings.pattern, num_groups)
     without = refusal(_patterns(plan), capability_of(device))
-    return Findings(*facts, tuple(watch.timings), (*notes, *([without] if without else [])))
+    return Findings(*facts, tuple(watch.timings), (*notes, *watch.notes, *([without] if without else [])))
 
 
-def bench_run(run: Path, threads: Sequence[int], seconds: float, *, with_compile: bool = True) -> Findings:
+def bench_run(run: Path, threads: Sequence[int], watch: Stopwatch, *, with_compile: bool = True) -> Findings:
     """The whole model of a finished run, dense and loaded, at a few batch sizes, and its layers. Writes no file."""
     directory = RunDir(run)
-    deployed = deploy(run)
+    deployed = deploy(run, watch)
     settings, plan = directory.settings(), Plan.load(directory.plan)
     weights = list(plan.weights())
-    timer = ModelTimer(deployed)
+    timer = ModelTimer(deployed, watch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     without = refusal({weight.pattern for weight in weights}, capability_of(device))
 
-    def measure(watch: Stopwatch, share: float) -> None:
-        timer.time(watch, MODEL_SHARE * share)
-        time_served(deployed, watch, LAYERS_OF_REST * share)
+    def measure(share: float) -> None:
+        kept = reserved(watch, watch.left * share) / watch.left if with_compile and watch.left > 0 else 0.0
+        timer.time(MODEL_SHARE * (share - kept))
+        time_served(deployed, watch, LAYERS_OF_REST * (share - kept))
         if not without:
-            time_two_of_four(weights, watch, TOKENS, LAYERS_OF_REST * share)
+            time_two_of_four(weights, watch, TOKENS, LAYERS_OF_REST * (share - kept))
         if with_compile:
-            timer.time_compiled(watch, share)
+            timer.time_compiled(share)
 
-    watch, notes = _on_threads(measure, threads, seconds)
+    notes = _on_threads(measure, threads)
     facts = (processor(), "fp32", settings.sparsity, settings.pattern, len(plan.groups))
     reasons = Counter(weight.reason for weight in deployed.weights if weight.reason)
     dense = (f"{number} weights are served dense: {reason}" for reason, number in reasons.items())
     missing = native.missing_reason()
     kernels = f"no native kernels: {missing}" if missing else ""
-    return Findings(*facts, tuple(watch.timings), (*notes, *dense, *filter(None, (kernels, without))))
+    return Findings(*facts, tuple(watch.timings), (*notes, *watch.notes, *dense, *filter(None, (kernels, without))))
 
 
-def _on_threads(
-    measure: Callable[[Stopwatch, float], None], threads: Sequence[int], seconds: float
-) -> tuple[Stopwatch, tuple[str, ...]]:
-    """Measure with each number of threads, each with its share of the time that is left."""
-    watch, before = Stopwatch(seconds), torch.get_num_threads()
+def _on_threads(measure: Callable[[float], None], threads: Sequence[int]) -> tuple[str, ...]:
+    """Measure with each number of threads, each with its share of the time that is left; gives notes."""
+    before = torch.get_num_threads()
     try:
         for index, number in enumerate(threads):
             torch.set_num_threads(number)
-            measure(watch, 1 / (len(threads) - index))
+            measure(1 / (len(threads) - index))
     except KeyboardInterrupt:
-        return watch, (STOPPED,)
+        return (STOPPED,)
     finally:
         torch.set_num_threads(before)
-    return watch, ()
+    return ()
 
 
 def _first_batch(feed: Feed) -> Any:

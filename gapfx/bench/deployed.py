@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gapfx.bench.clock import Stopwatch
 from gapfx.bench.forwards import Inputs, batch_of, forward_of, inputs_of
 from gapfx.kernels import native
 from gapfx.kernels.decode import Values
 from gapfx.loading import Loaded, ServedWeight, load_dense, load_run
 
 HELD: tuple[Values, ...] = ("fp32", "bf16", "int8")
+LOADING = "loading"
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,18 @@ def home_of(fqn: str) -> str:
     return fqn.rpartition(".")[0]
 
 
-def deploy(run: Path) -> Deployed:
-    """The run, loaded with values in each form in which they can be held. Raises UserError as `gapfx.load` does."""
+def deploy(run: Path, watch: Stopwatch) -> Deployed:
+    """The run, loaded with values in each form in which they can be held, as far as the time allows.
+
+    Raises UserError as `gapfx.load` does.
+    """
     dense, batch_run = load_dense(run)
-    loaded: dict[Values, Loaded] = {"fp32": load_run(run)}
+    loaded: dict[Values, Loaded] = {"fp32": watch.keep(LOADING, lambda: load_run(run))}
     if any(is_sparse_linear(weight) for weight in loaded["fp32"].weights):
-        loaded |= {values: load_run(run, values=values) for values in HELD[1:]}
+        for values in HELD[1:]:
+            found = watch.begin(LOADING, partial(load_run, run, values=values))
+            if not isinstance(found, str):
+                loaded[values] = found
     with torch.no_grad():
         inputs = inputs_of(dense, batch_run)
     calls, seconds = _calls(dense, inputs, {home_of(weight.fqn) for weight in loaded["fp32"].weights})

@@ -14,6 +14,7 @@ from gapfx.bench.onnx_runtime import missing, session_of
 from gapfx.errors import UserError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+EXPORT = "export"
 
 
 def inputs_of(module: nn.Module, run: Callable[[nn.Module], object]) -> Inputs:

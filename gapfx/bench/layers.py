@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,15 @@ from gapfx.pattern import parse_pattern
 
 BLOCKS = "block:4x1"
 SECONDS = 0.3
+LAYER = "layer"
 
 
 def time_layers(watch: Stopwatch, cases: Iterable[Case], device: str, share: float) -> None:
     """The heaviest classes first, until `share` of the time is used."""
     counts = Counter(cases)
-    stop = watch.left * (1 - share)
-    for case in sorted(counts, key=lambda case: -case.work * counts[case]):
-        if watch.left > stop:
-            _time(watch, case, counts[case], device)
+    heaviest = sorted(counts, key=lambda case: -case.work * counts[case])
+    timings = [partial(_time, watch, case, counts[case], device) for case in heaviest]
+    watch.begin_each(LAYER, timings, spare=watch.left * (1 - share))
 
 
 def _time(watch: Stopwatch, case: Case, count: int, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from gapfx.bench.deployed import Deployed, home_of, is_sparse_linear, kernel_of
 from gapfx.bench.findings import DENSE, Timing
 from gapfx.bench.forwards import Inputs, forward_of, session_or_reason
 from gapfx.bench.inference import ONNX
+from gapfx.bench.layers import LAYER
 from gapfx.kernels.decode import MAX_TOKENS
 from gapfx.loading import ServedWeight
 
@@ -28,13 +30,13 @@ def time_served(deployed: Deployed, watch: Stopwatch, share: float) -> None:
     """
     shown = {_class(deployed, weight): weight for weight in reversed(deployed.weights)}
     counts = Counter(_class(deployed, weight) for weight in deployed.weights)
-    stop = watch.left * (1 - share)
+    timings: list[Run] = []
     for key in sorted(shown, key=lambda key: -math.prod(shown[key].shape) * counts[key]):
         weight, kind = shown[key], key[0].lower()
         name = f"{kind} {'x'.join(map(str, weight.shape))} at {weight.sparsity:.0%} ({counts[key]} of them)"
         for positions, inputs in _inputs(deployed, weight).items():
-            if watch.left > stop:
-                _time(deployed, watch, weight, name, positions, inputs)
+            timings.append(partial(_time, deployed, watch, weight, name, positions, inputs))
+    watch.begin_each(LAYER, timings, spare=watch.left * (1 - share))
 
 
 def _class(deployed: Deployed, weight: ServedWeight) -> Class:

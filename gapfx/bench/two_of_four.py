@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from gapfx.bench.clock import Run, Stopwatch
 from gapfx.bench.findings import DENSE
+from gapfx.bench.layers import LAYER
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Weight
 
@@ -53,17 +55,17 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def time_two_of_four(weights: Iterable[Weight], watch: Stopwatch, tokens: Iterable[int], share: float) -> None:
     """Forwards of each class of 2:4 weights on CUDA, in bf16 and fp16, the largest first, for `share` of the time."""
     counts = Counter(weight.shape for weight in weights if weight.pattern == PATTERN)
-    sizes, stop = tuple(tokens), watch.left * (1 - share)
+    sizes, timings = tuple(tokens), list[Run]()
     for shape in sorted(counts, key=lambda shape: -shape[0] * counts[shape]):
         name = f"linear {'x'.join(map(str, shape))} ({counts[shape]} of them)"
         reason = shape_refusal(shape)
         if reason:
             watch.miss(name, "forward", 0, PATTERN, reason)
             continue
-        for number in sizes:
-            for dtype in DTYPES:
-                if watch.left > stop:
-                    _time(watch, f"{name} in {dtype}", shape, number, dtype)
+        timings += [
+            partial(_time, watch, f"{name} in {dtype}", shape, number, dtype) for number in sizes for dtype in DTYPES
+        ]
+    watch.begin_each(LAYER, timings, spare=watch.left * (1 - share))
 
 
 def _time(watch: Stopwatch, name: str, shape: tuple[int, ...], tokens: int, dtype: str) -> None:

@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from gapfx.bench.clock import Stopwatch
+from gapfx.bench.clock import OUT_OF_TIME, Stopwatch
 from gapfx.bench.command import STOPPED
 from gapfx.bench.findings import Findings, Timing, What
+from gapfx.bench.layers import LAYER
+from gapfx.bench.models import Bench, modules_of
 from gapfx.bench.verdict import MODEL, format_findings, verdicts
+from gapfx.calibration import Case, Times
+from gapfx.commands import Source
+from gapfx.training import make_feed
+from tests.kernels.needs import needs_kernels
 from tests.runs import TASK, gapfx
 
 
@@ -88,14 +95,17 @@ def test_nothing_is_timed_when_the_time_is_up() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_task_is_timed_and_nothing_is_written(
+def test_a_task_is_timed_without_a_compilation_that_the_time_may_not_do_for_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert gapfx("bench", TASK, "--seconds", 10, "--no-compile", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    ways = {timing["way"] for timing in found["timings"] if timing["subject"] == MODEL and timing["seconds"]}
-    assert {"dense", "expand", "sparse", "sparse, a group dense"} <= ways
+    assert gapfx("bench", TASK, "--seconds", 10, "--json") == 0
+    of_model = [t for t in json.loads(capsys.readouterr().out)["timings"] if t["subject"] == MODEL]
+    timed = {(timing["what"], timing["way"]) for timing in of_model if timing["seconds"]}
+    forwards = {"dense", "expand", "sparse"}
+    assert {("forward", way) for way in forwards} | {("step", way) for way in forwards} <= timed
+    assert ("step", "sparse, a group dense") in timed
+    assert {t["reason"] for t in of_model if t["way"] == "dense torch.compile"} == {OUT_OF_TIME}
     assert list(tmp_path.iterdir()) == []
     assert gapfx("bench", TASK, "--threads", "none") == 2
     assert "cannot read the threads" in capsys.readouterr().err
@@ -124,6 +134,29 @@ def test_training_steps_of_a_model_with_a_script_module_are_timed(capsys: pytest
     timings = json.loads(capsys.readouterr().out)["timings"]
     steps = {timing["way"] for timing in timings if (timing["subject"], timing["what"]) == (MODEL, "step")}
     assert {"dense", "expand", "expand, a group dense", "sparse, a group dense"} <= steps
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("layer_seconds", "is_measured"), [(0.1, True), (50.0, False)])
+def test_kernels_are_measured_where_a_layer_fits_into_their_share_of_the_time(
+    layer_seconds: float, is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Case] = []
+
+    def measure(case: Case) -> Times:
+        measured.append(case)
+        return Times(3, 2, 1)
+
+    monkeypatch.setenv("GAPFX_CACHE", str(tmp_path))
+    monkeypatch.setattr("gapfx.calibration.table.SMALLEST_WORK", 1)
+    monkeypatch.setattr("gapfx.calibration.table.measure", measure)
+    task, settings = Source(str(TASK), "", {"kernels": "auto"}).load()
+    bench = Bench(task, settings, make_feed(task, settings, 0, 1), None, torch.device("cpu"), with_compile=False)
+    watch = Stopwatch(100, longest={LAYER: layer_seconds})
+    assert "sparse" in modules_of(bench, watch)
+    assert bool(measured) == is_measured
+    assert any("were not measured within 0 s" in note for note in watch.notes) != is_measured
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -122,12 +122,23 @@ def test_the_whole_model_is_timed_at_each_batch_and_rows_name_the_kernels(
 
 def test_batches_that_would_take_too_long_are_told(run: Path) -> None:
     watch = Stopwatch(0.0)
-    timer = ModelTimer(deploy(run))
-    timer.time(watch, 1.0)
-    timer.time_compiled(watch, 1.0)
+    timer = ModelTimer(deploy(run, Stopwatch(60)), watch)
+    timer.time(1.0)
+    timer.time_compiled(1.0)
     assert {timing.reason for timing in watch.timings} == {OUT_OF_TIME}
     assert {timing.batch for timing in watch.timings} == {1, 8, 32, 64}
     assert "dense torch.compile" in {timing.way for timing in watch.timings}
+
+
+@needs_kernels
+def test_a_run_is_not_loaded_in_further_forms_when_the_time_is_up(run: Path) -> None:
+    watch = Stopwatch(0.0)
+    deployed = deploy(run, watch)
+    assert list(deployed.loaded) == ["fp32"]
+    timer = ModelTimer(deployed, watch)
+    watch.seconds = 60.0
+    timer.time(0.1)
+    assert {timing.reason for timing in watch.timings if timing.way == "sparse bf16"} == {OUT_OF_TIME}
 
 
 def test_settings_of_a_task_are_refused_for_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
