@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gapfx.calibration import Case, Times
+from gapfx.plan import Plan
 from tests.kernels.needs import needs_kernels
 from tests.runs import TASK, assert_same_bits, events, gapfx, weights
 
@@ -89,3 +91,27 @@ def test_bf16_trains_and_keeps_what_is_pruned_at_zero(tmp_path: Path, stage: int
     run = trained(tmp_path / "run", *SPARSE, "--dtype", "bf16", "--zero", stage)
     assert json.loads((run / "summary.json").read_text())["sparsity_actual"] == pytest.approx(0.8, abs=0.01)
     assert all(weight.isfinite().all() for weight in weights(run).values())
+
+
+def test_blocks_that_the_measurement_chose_are_those_of_the_run_and_of_its_continuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(case: Case) -> Times:
+        return Times(4.0, 4.0, 1.0 if case.pattern == "block:4x1" else 3.0)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("GAPFX_CACHE", str(tmp_path / "cache"))
+        patch.setattr("gapfx.calibration.table.SMALLEST_WORK", 1)
+        patch.setattr("gapfx.calibration.table.measure", measure)
+        run = trained(tmp_path / "run", "--pattern", "auto")
+    patterns = {weight.fqn: weight.pattern for weight in Plan.load(run / "plan.json").weights()}
+    assert set(patterns.values()) == {"block:4x1"}
+    ended = weights(run)
+    for fqn in patterns:
+        kept = ended[fqn].ne(0).unflatten(0, (-1, 4))
+        assert torch.equal(kept.any(1), kept.all(1)), fqn
+    shutil.rmtree(max((run / "checkpoints").glob("*")))
+    (run / "summary.json").unlink()
+    assert gapfx("sparsify", TASK, "--out", run, *RUN, "--pattern", "auto", "--resume") == 0
+    assert weights(run).keys() == ended.keys()
+    assert all(torch.equal(value, ended[fqn]) for fqn, value in weights(run).items())
