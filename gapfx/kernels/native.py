@@ -82,8 +82,10 @@ def gather(dense: Tensor, bits: Tensor, values: Tensor) -> None:
 
 
 def can_pack(tensor: Tensor) -> bool:
-    """Whether `pack` and `unpack` work on it: a plain tensor on the CPU, that has memory."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and library() is not None
+    """Whether `pack` and `unpack` work on it: a plain tensor on the CPU, outside of torch.func, which wraps them."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or library() is None:
+        return False
+    return torch._C._functorch.maybe_current_level() is None  # pyright: ignore
 
 
 def pack(mask: Tensor, bits: Tensor) -> None:
