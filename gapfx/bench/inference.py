@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gapfx.bench.clock import OUT_OF_TIME, Run, Stopwatch
+from gapfx.bench.clock import LEAST_CALLS, OUT_OF_TIME, Run, Stopwatch
 from gapfx.bench.compilation import COMPILED, CompiledModel
 from gapfx.bench.deployed import HELD, Deployed, is_sparse_linear, kernel_of
 from gapfx.bench.findings import DENSE, Timing
@@ -20,8 +20,6 @@ from gapfx.kernels.decode import MAX_TOKENS, Values
 
 BATCHES = (1, 8, 64)
 BF16, ONNX = "dense bf16", "dense ONNX Runtime"
-# Calls of each way that a timing takes at the least: warm-ups and rounds.
-LEAST_CALLS = 6
 TOO_MANY_TOKENS = f"int8 values are for up to {MAX_TOKENS} tokens"
 NO_LINEAR = "no linear layer is held by its live values"
 
@@ -64,7 +62,7 @@ class ModelTimer:
     def _least_seconds(self, batch: int) -> float:
         """What timing one way takes, going by the task's own batch."""
         samples = batch / self.deployed.batch if batch else 1.0
-        return samples * self.deployed.seconds * LEAST_CALLS
+        return samples * self.deployed.seconds * (LEAST_CALLS + 1)
 
     def _time(self, batch: int, runs: Mapping[str, Run | str], seconds: float) -> None:
         self.watch.timings += [self._row(way, batch, run) for way, run in runs.items() if isinstance(run, str)]
