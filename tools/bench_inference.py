@@ -5,14 +5,16 @@
     python tools/bench_inference.py --tokens 1 --values bf16 --values int8
 
 Torch in fp32 and in bf16, ONNX Runtime in fp32 where it is installed, and the loaded sparse model run in one process,
-in turns, and medians are compared. On one thread the times are those of the process, which other programs on the
-machine do not lengthen. A GPT sees one sequence of `tokens`; one token is a step of decoding without a cache of keys.
+in turns of two calls, of which the second is timed; medians are compared. On one thread the times are those of the
+process, which other programs on the machine do not lengthen. A GPT sees one sequence of `tokens`; one token is a step
+of decoding without a cache of keys.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gapfx
 from gapfx.bench.onnx_runtime import missing, session_of
@@ -84,7 +88,7 @@ def measure(sizes: Sizes, masks: list[tuple[float, str]], values: list[Values], 
                 write_run(run, *inputs_of(sizes), sparsity, pattern)
             calls[f"{sparsity:.0%} | {pattern} | {held}"] = sparse_call(run, sizes, held)
         with torch.inference_mode():
-            took = interleaved(calls, seconds)
+            took = interleaved(calls, seconds, settles=True)
     size = f"{length} tokens" if name == "gpt" else f"batch {batch}"
     for way in [way for way in took if way not in BASES]:
         ratios = " | ".join(f"{took[base] / took[way]:.2f}" if base in took else "-" for base in BASES)

@@ -13,12 +13,16 @@ process, which other programs on the machine do not lengthen. The optimizer is f
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gapfx.bench.live import hold_live
 from gapfx.calibration.measure import interleaved

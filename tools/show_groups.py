@@ -10,6 +10,7 @@ The models have about their usual depth; most are narrow.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gapfx.passes.partition import Strategy
 from gapfx.plan import Plan

@@ -78,8 +78,12 @@ def step_of(way: Way, x: Tensor, gradient: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(way.layer(x), (x, way.weight), gradient)
 
 
-def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds of one call of each, taken in turns, at most about `seconds` in all after one call of each."""
+def interleaved(runs: dict[str, Callable[[], object]], seconds: float, *, settles: bool = False) -> dict[str, float]:
+    """Median seconds of one call of each, taken in turns, at most about `seconds` in all after one call of each.
+
+    With `settles` a call that is not timed comes before each that is: it finds caches as its own kind leaves them, as a
+    model does that is called again and again, not as the others do.
+    """
     single = {name: _seconds(run, 1) for name, run in runs.items()}  # the first call prepares
     single = {name: min(_seconds(run, 1), single[name]) for name, run in runs.items()}
     repeats = {name: max(1, round(SHORTEST_SAMPLE_SECONDS / max(once, 1e-7))) for name, once in single.items()}
@@ -89,6 +93,8 @@ def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[s
         if index >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         for name, run in runs.items():
+            if settles:
+                run()
             samples[name].append(_seconds(run, repeats[name]))
     return {name: statistics.median(taken) for name, taken in samples.items()}
 

@@ -1,0 +1,26 @@
+"""The tools run as their docstrings say: by path, from a checkout, wherever one stands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+COMMANDS = sorted(path.name for path in TOOLS.glob("*.py") if "__main__" in path.read_text())
+
+
+def test_all_measurements_are_commands() -> None:
+    assert {"bench_inference.py", "bench_step.py", "get_data.py", "zoo.py"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_tool_runs_by_its_path_alone(name: str, tmp_path: Path) -> None:
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(TOOLS / name), "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "Usage" in ended.stdout
