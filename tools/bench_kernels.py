@@ -3,6 +3,7 @@
     python tools/bench_kernels.py linear
     python tools/bench_kernels.py linear --shapes 768x768,4096x4096 --tokens 512 --sparsities 0.8,0.9 --level avx2
     python tools/bench_kernels.py linear --threads 2
+    python tools/bench_kernels.py inference --tokens 1,64
     python tools/bench_kernels.py bits
 
 Times are medians of rounds that run every candidate once, so that a change of load meets all alike: processor time of
@@ -27,10 +28,13 @@ from torch import Tensor
 from gapfx.bench.onnx_runtime import missing
 from gapfx.kernels import linear as kernels
 from gapfx.kernels import native
+from gapfx.kernels.decode import with_spare
 from gapfx.masks import pack
+from gapfx.ops.fixed_linear import fixed_linear
 
 BUDGET_SECONDS = 2.0
 MAX_ROUNDS, MIN_ROUNDS = 25, 5
+COLD_BYTES = 1 << 27  # of dense weights in a row: no cache holds them, as those of a model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Threads = Annotated[int, typer.Option(help="Threads of torch, ONNX Runtime and the kernels.")]
@@ -185,6 +189,58 @@ def linear(
             for sparsity in map(float, sparsities.split(",")):
                 for block in map(int, blocks.split(",")):
                     linear_row(timer, (int(outputs), int(inputs)), num_tokens, sparsity, block)
+
+
+def fixed_layers(shape: tuple[int, int], num: int, sparsity: float, block: int) -> list[tuple[Tensor, Tensor]]:
+    """Values and bits of sparse weights with random masks."""
+    masks = [(torch.rand(shape[0] // block, shape[1]) >= sparsity).repeat_interleave(block, 0) for _ in range(num)]
+    return [(with_spare(torch.randn(int(mask.sum()))).view(-1, 1), pack(mask)) for mask in masks]
+
+
+def inference_rows(timer: Timer, shape: tuple[int, int], num_tokens: int, masks: list[tuple[float, int]]) -> None:
+    """One call of each of several layers: dense in fp32, in bf16 and in ONNX Runtime, over those of every mask."""
+    num = -(-COLD_BYTES // (4 * shape[0] * shape[1]))
+    weights, x = [torch.randn(shape) for _ in range(num)], torch.randn(num_tokens, shape[1])
+    halves, half = [weight.bfloat16() for weight in weights], x.bfloat16()
+    sessions = [session for weight in weights if (session := onnx_product(weight, timer.threads))]
+    calls: dict[str, Callable[[], object]] = {
+        "torch fp32": lambda: [torch.mm(x, weight.t()) for weight in weights],
+        "torch bf16": lambda: [torch.mm(half, weight.t()) for weight in halves],
+    }
+    if sessions:
+        calls["ONNX Runtime"] = lambda: [session(x) for session in sessions]
+    bases = list(calls)
+    for sparsity, block in masks:
+        layers = fixed_layers(shape, num, sparsity, block)
+        calls[f"{sparsity:.0%} | {'4x1' if block > 1 else '-'}"] = lambda layers=layers: [
+            fixed_linear(x, values, bits, None, shape) for values, bits in layers
+        ]
+    took = timer.medians(calls)
+    for way in [way for way in calls if way not in bases]:
+        each = [took[base] / took[way] for base in bases]
+        table(f"{shape[0]}x{shape[1]}", num_tokens, way, f"{took[way] / num * 1e6:.0f}", *each)
+
+
+@app.command()
+def inference(
+    shapes: Listed = "768x768,3072x768,768x3072,4096x4096",
+    tokens: Listed = "1,8,64,512",
+    sparsities: Listed = "0.5,0.8,0.9,0.95",
+    blocks: Listed = "1,4",
+    threads: Threads = 1,
+    level: Level = "",
+) -> None:
+    """Linear layers at inference, fp32, as many in a row as no cache holds: microseconds, and over dense ones."""
+    timer = begin(threads, level)
+    torch.manual_seed(0)
+    bases = ["x torch fp32", "x torch bf16", *(() if missing() else ("x ONNX",))]
+    table("shape", "tokens", "sparsity", "block", "us", *bases)
+    table(*["---"] * (5 + len(bases)))
+    masks = [(float(sparsity), int(block)) for sparsity in sparsities.split(",") for block in blocks.split(",")]
+    for shape in shapes.split(","):
+        outputs, _, inputs = shape.partition("x")
+        for num_tokens in map(int, tokens.split(",")):
+            inference_rows(timer, (int(outputs), int(inputs)), num_tokens, masks)
 
 
 def bits_row(timer: Timer, shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:
