@@ -12,6 +12,8 @@ namespace avx512 {
 
 constexpr int kAhead = 1024;  // bytes that a stream is asked for before it is read
 
+// Values are loaded as whole registers and expanded then: faster than a load that expands, and kSpare makes it safe.
+
 namespace floats {
 #define GAPFX_LOOP __attribute__((target(GAPFX_512_TUNED), always_inline)) static inline
 using Value = float;
@@ -32,7 +34,7 @@ GAPFX_LOOP void step(Sum (&sum)[M], uint64_t word, const Value* v, const Token* 
                              static_cast<__mmask16>(high), static_cast<__mmask16>(fourth)};
 #pragma GCC unroll 4
   for (int s = 0; s < 4; ++s) {
-    const __m512 w = _mm512_maskz_expandloadu_ps(live[s], at[s]);
+    const __m512 w = _mm512_maskz_expand_ps(live[s], _mm512_loadu_ps(at[s]));
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) sum[m] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + m * stride + 16 * s), sum[m]);
   }
@@ -58,7 +60,8 @@ GAPFX_LOOP void step(Sum (&sum)[M], uint64_t word, const Value* v, const Token* 
   const Value* at[2] = {v, v + _mm_popcnt_u32(static_cast<uint32_t>(word))};
 #pragma GCC unroll 2
   for (int s = 0; s < 2; ++s) {
-    const __m512bh w = (__m512bh)_mm512_maskz_expandloadu_epi16(static_cast<__mmask32>(word >> (32 * s)), at[s]);
+    const __mmask32 live = static_cast<__mmask32>(word >> (32 * s));
+    const __m512bh w = (__m512bh)_mm512_maskz_expand_epi16(live, _mm512_loadu_si512(at[s]));
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const Token* token = x + m * PARTS * stride + 32 * s;
@@ -84,7 +87,7 @@ GAPFX_LOOP Sum zero() { return _mm512_setzero_si512(); }
 
 template <int M, int PARTS>
 GAPFX_LOOP void step(Sum (&sum)[M], uint64_t word, const Value* v, const Token* x, int64_t stride) {
-  const __m512i w = _mm512_maskz_expandloadu_epi8(word, v);
+  const __m512i w = _mm512_maskz_expand_epi8(word, _mm512_loadu_si512(v));
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) sum[m] = _mm512_dpbusd_epi32(sum[m], _mm512_loadu_si512(x + m * stride), w);
 }

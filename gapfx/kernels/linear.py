@@ -27,8 +27,8 @@ BLOCK = 4
 SPARE = 16
 # Inputs of a tile: the panel of 64 tokens of a small one stays in the first cache, but a row needs work in each tile,
 # so that few live weights take a larger one. Blocks read a panel a quarter as often and live on the second cache.
-SMALL_TILE, LARGE_TILE, BLOCK_TILE = 96, 192, 768
-LIVE_IN_SMALL = 24
+TILES: tuple[tuple[int, int], ...] = ((96, 24), (192, 12), (384, 0))  # inputs, and the least live ones of a row
+BLOCK_TILE = 768
 
 
 class _Pattern(ctypes.Structure):
@@ -101,7 +101,7 @@ def _prepare(bits: Tensor, shape: tuple[int, int]) -> Index:
     num = native.count(bits, outputs * inputs)
     block = BLOCK if _library().gapfx_linear_has_blocks(bits.data_ptr(), outputs, inputs) else 1
     rows, entries = outputs // block, num // block
-    wanted = SMALL_TILE if entries * SMALL_TILE >= LIVE_IN_SMALL * rows * inputs else LARGE_TILE
+    wanted = next(size for size, least in TILES if entries * size >= least * rows * inputs)
     tile = _even(inputs, wanted if block == 1 else BLOCK_TILE)
     turned_tile = _even(rows, wanted // block)
     columns = torch.empty(entries + SPARE, dtype=torch.uint16)
