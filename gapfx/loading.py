@@ -24,6 +24,7 @@ from gapfx.run_dir import RunDir
 from gapfx.sparse import CompileOptions, compile_model
 from gapfx.task import load_task
 from gapfx.training import first_batches
+from gapfx.two_of_four import capability_of, serve
 
 Kernel = Literal["sparse", "dense"]
 Run = Callable[[nn.Module], object]
@@ -92,9 +93,10 @@ def load(
     kwargs: Mapping[str, Any] | None = None,
     values: Values = "fp32",
     kernels: Mapping[str, Kernel] | None = None,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """The trained model of a finished run, in eval mode, with its FQNs and forward signature; see `load_run`."""
-    return load_run(run, model=model, args=args, kwargs=kwargs, values=values, kernels=kernels).module
+    return load_run(run, model=model, args=args, kwargs=kwargs, values=values, kernels=kernels, device=device).module
 
 
 @torch.inference_mode(mode=False)  # tensors made in it have no version, by which kernels tell what is prepared
@@ -106,8 +108,9 @@ def load_run(
     kwargs: Mapping[str, Any] | None = None,
     values: Values = "fp32",
     kernels: Mapping[str, Kernel] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Loaded:
-    """The trained model of a finished run for inference on a CPU, and what serves each of its weights.
+    """The trained model of a finished run for inference, and what serves each of its weights.
 
     The model is made by the task of the run, or is `model`, a module (changed in place) or a function that makes one;
     `model(*args, **kwargs)` must run, else a batch of the task shows how it runs. A weight is live where
@@ -116,15 +119,21 @@ def load_run(
     choice for weights by FQN: "dense" keeps the dense weight, as is done by default from half of the weight live on and
     for fp32 values without native kernels.
 
+    On a CUDA device the model is dense, in bf16 with these `values`, and 2:4 weights of its linear layers have torch's
+    semi-structured format there; other patterns have no faster products on it.
+
     The state_dict has the original keys; planned weights are columns of live values. Raises UserError for a run that is
     not there, not finished, damaged, without its task file, or of another model, and for options that are none.
     """
     _check_options(model is not None, args is not None or bool(kwargs), values, kernels or {})
+    target = _checked_device(device, values)
     folder = RunDir(Path(run))
     plan = _finished_plan(folder)
     _check_known(kernels or {}, plan)
     module, batch_run, check = _model(folder, model, args, kwargs or {})
     _fill(module, folder)
+    if target.type != "cpu":
+        return _load_on_cuda(module, plan, values, kernels or {}, target)
     watch = _Watch()
     options = CompileOptions(form="compact")
     given = replace(plan, phases=(), owners=())
@@ -139,6 +148,26 @@ def load_run(
     module.requires_grad_(False).eval()
     notes = (*compiled.notes, *(f"{fqn}: {reason}" for fqn, reason in unit.refusals[num_refusals:]))
     return Loaded(module, replace(plan, owners=compiled.plan.owners), weights, notes)
+
+
+def _load_on_cuda(
+    module: nn.Module, plan: Plan, values: Values, kernels: Mapping[str, Kernel], device: torch.device
+) -> Loaded:
+    zeros = {w.fqn: 1 - _live_share(stored_parameter(module, w.fqn) != 0) for w in plan.weights()}
+    module = module.requires_grad_(False).eval().to(device, torch.bfloat16 if values == "bf16" else None)
+    free = [weight for weight in plan.weights() if kernels.get(weight.fqn) != "dense"]
+    reasons = dict.fromkeys(zeros, "asked for") | serve(module, free, capability_of(device) or (0, 0))
+
+    def told(weight: Weight) -> ServedWeight:
+        reason = reasons[weight.fqn]
+        kernel, use = ("dense", "dense") if reason else ("sparse", "2:4")
+        return ServedWeight(weight.fqn, weight.shape, zeros[weight.fqn], kernel, use, reason)
+
+    return Loaded(module, plan, tuple(map(told, plan.weights())))
+
+
+def _live_share(mask: Tensor) -> float:
+    return int(mask.sum()) / max(1, mask.numel())
 
 
 def load_dense(run: str | Path) -> tuple[nn.Module, Run]:
@@ -162,6 +191,17 @@ def _check_options(has_model: bool, has_args: bool, values: str, kernels: Mappin
     ):
         if value not in get_args(kind):
             raise UserError(f"{what} may not be {value!r}", fix=f"take one of {', '.join(get_args(kind))}")
+
+
+def _checked_device(device: str | torch.device, values: Values) -> torch.device:
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"models are not served on {found.type}", fix="give device='cpu' or 'cuda'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device here", fix="give device='cpu', or install a torch for CUDA")
+    if found.type == "cuda" and values == "int8":
+        raise UserError("int8 values are for the CPU", fix='give values="bf16" on CUDA')
+    return found
 
 
 def _check_known(kernels: Mapping[str, Kernel], plan: Plan) -> None:
@@ -259,7 +299,7 @@ def _compact(
     """Put the live values in the place of a dense weight."""
     parameter = stored_parameter(module, weight.fqn)
     mask = parameter.detach() != 0
-    live = int(mask.sum()) / max(1, mask.numel())
+    live = _live_share(mask)
     fqns = (weight.fqn, *weight.aliases)
     found = {uses[fqn] for fqn in fqns if uses.get(fqn)}
     use = found.pop() if len(found) == 1 else "dense"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gapfx
+from gapfx import loading, two_of_four
 from gapfx.errors import UserError
 from gapfx.kernels import native
 from gapfx.loading import load_dense, load_run
@@ -270,6 +271,51 @@ def test_options_that_are_none_are_told(run: Path) -> None:
         gapfx.load(run, kernels={"blocks.0.up.weight": wrong})
     with pytest.raises(UserError, match="args are given without a model"):
         gapfx.load(run, args=(torch.randn(1, 8),))
+
+
+def test_devices_on_which_nothing_is_served_are_told(run: Path) -> None:
+    with pytest.raises(UserError, match="models are not served on meta"):
+        gapfx.load(run, device="meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a torch without CUDA")
+def test_a_missing_cuda_device_is_told(run: Path) -> None:
+    with pytest.raises(UserError, match="torch finds no CUDA device here"):
+        gapfx.load(run, device="cuda")
+
+
+def test_a_model_for_cuda_tells_of_each_weight_what_serves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, args = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)), (torch.randn(3, 64),)
+    folder = a_run_of(tmp_path / "run", model, args, pattern="2:4", sparsity=0.5)
+    # A device that is not here: the module stays on the CPU, and the format is the weight itself.
+    monkeypatch.setattr(loading, "_checked_device", lambda device, values: torch.device("cuda"))
+    monkeypatch.setattr(loading, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(two_of_four, "packed", lambda weight: weight)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device, dtype: self.bfloat16())
+    fresh = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    loaded = load_run(folder, model=fresh, args=args, values="bf16", device="cuda")
+    first, second = loaded.weights
+    assert (first.kernel, first.use, first.sparsity, first.reason) == ("sparse", "2:4", 0.5, "")
+    assert (second.kernel, second.reason) == ("dense", "2:4 takes multiples of 32 outputs and 64 inputs")
+    assert [loaded.kernel(weight.fqn, 8) for weight in loaded.weights] == ["sparse 2:4", "dense"]
+    wanted = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    wanted.load_state_dict(load_file(folder / "model.safetensors"))
+    x = torch.randn(5, 64).bfloat16()
+    assert torch.equal(loaded.module(x), wanted.bfloat16()(x))
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda_computes_what_the_dense_model_does(tmp_path: Path) -> None:
+    model, args = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)), (torch.randn(3, 64),)
+    folder = a_run_of(tmp_path / "run", model, args, pattern="2:4", sparsity=0.5)
+    fresh = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    loaded = load_run(folder, model=fresh, args=args, values="bf16", device="cuda")
+    assert loaded.weights[0].kernel == "sparse"
+    wanted = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    wanted.load_state_dict(load_file(folder / "model.safetensors"))
+    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(loaded.module(x), wanted.to("cuda", torch.bfloat16)(x), rtol=2e-2, atol=2e-2)
 
 
 def test_another_model_is_told(run: Path) -> None:

@@ -5,6 +5,7 @@
     python tools/bench_kernels.py linear --threads 2
     python tools/bench_kernels.py inference --tokens 1,64
     python tools/bench_kernels.py bits
+    python tools/bench_kernels.py adamw
 
 Times are medians of rounds that run every candidate once, so that a change of load meets all alike: processor time of
 this process with one thread, wall time with more. Masks are random, packing of activations is included, "x" is how many
@@ -283,6 +284,33 @@ def bits(
         for sparsity in map(float, sparsities.split(",")):
             for dtype in (torch.float32, torch.bfloat16):
                 bits_row(timer, (int(outputs), int(inputs)), sparsity, dtype)
+
+
+def fused_step(numel: int) -> Callable[[], object]:
+    """A step of torch's fused AdamW over so many values."""
+    parameter = torch.nn.Parameter(torch.randn(numel))
+    parameter.grad = torch.randn(numel)
+    return torch.optim.AdamW([parameter], fused=True).step
+
+
+@app.command()
+def adamw(
+    numel: Annotated[int, typer.Option(help="Dense weights.")] = 4096 * 4096,
+    sparsities: Listed = "0.8,0.9,0.95",
+    threads: Threads = 1,
+) -> None:
+    """Torch's fused AdamW over all weights and over live values alone, beside a copy of as many bytes."""
+    timer = begin(threads, "")
+    torch.manual_seed(0)
+    table("sparsity", "ns a dense weight", "x dense", "GB/s", "copy GB/s")
+    table(*["---"] * 5)
+    for sparsity in (0.0, *map(float, sparsities.split(","))):
+        live = round(numel * (1 - sparsity))
+        source, target = torch.randn(live * 7 // 2), torch.empty(live * 7 // 2)
+        calls = {"dense": fused_step(numel), "live": fused_step(live), "copy": lambda s=source, t=target: t.copy_(s)}
+        took, moved = timer.medians(calls), 28 * live  # weight and both moments read and written, gradient read
+        rates = [moved / took[name] / 1e9 for name in ("live", "copy")]
+        table(f"{sparsity:.0%}", f"{took['live'] / numel * 1e9:.3f}", took["dense"] / took["live"], *rates)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from gapfx.bench.inference import ModelTimer
 from gapfx.bench.layers import time_layers
 from gapfx.bench.models import LOWERING, Bench, time_model
 from gapfx.bench.served_layers import TOKENS, time_served
-from gapfx.bench.two_of_four import capability_of, refusal, time_two_of_four
+from gapfx.bench.two_of_four import refusal, time_two_of_four
 from gapfx.doctor import processor
 from gapfx.kernels import native
 from gapfx.plan import Plan
@@ -28,6 +28,7 @@ from gapfx.runtime.feed import Feed, whole_loader
 from gapfx.settings import Settings
 from gapfx.task import Task
 from gapfx.training import make_feed
+from gapfx.two_of_four import capability_of
 
 LAYER_SHARE = 0.3
 MODEL_SHARE, LAYERS_OF_REST = 0.5, 0.6

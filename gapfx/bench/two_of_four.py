@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -10,19 +9,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.sparse import to_sparse_semi_structured
 
 from gapfx.bench.clock import Run, Stopwatch
 from gapfx.bench.findings import DENSE
 from gapfx.bench.layers import LAYER
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Weight
+from gapfx.two_of_four import DTYPES, PATTERN, device_refusal, packed, shape_refusal
 
-PATTERN = "2:4"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_CAPABILITY = (8, 0)
-# What both of torch's back ends, CUTLASS and cuSPARSELt, take in 16 bits.
-ROWS, COLUMNS = 32, 64
 SECONDS = 0.3
 
 
@@ -32,24 +26,8 @@ def refusal(patterns: Iterable[str], capability: tuple[int, int] | None) -> str:
         return "2:4 is for CUDA devices: not timed"
     if PATTERN not in patterns:
         return f"2:4: not timed, no weight of the plan has it; give --pattern {PATTERN}"
-    if capability < LEAST_CAPABILITY:
-        found, needed = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
-        return f"2:4 needs compute capability {needed}, this device has {found}: not timed"
-    return ""
-
-
-def shape_refusal(shape: tuple[int, ...]) -> str:
-    """Why torch's semi-structured format does not take a weight; "" when it does."""
-    if len(shape) != 2:
-        return "2:4 is timed for linear layers alone"
-    if shape[0] % ROWS or shape[1] % COLUMNS:
-        return f"2:4 takes multiples of {ROWS} outputs and {COLUMNS} inputs"
-    return ""
-
-
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability; None of a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reason = device_refusal(capability)
+    return f"{reason}: not timed" if reason else ""
 
 
 def time_two_of_four(weights: Iterable[Weight], watch: Stopwatch, tokens: Iterable[int], share: float) -> None:
@@ -85,10 +63,7 @@ def forwards(shape: tuple[int, ...], tokens: int, dtype: str) -> dict[str, Run]:
     weight = torch.randn(shape)
     weight = (weight * parse_pattern(PATTERN).mask(weight.abs(), 0.5)).to("cuda", DTYPES[dtype])
     x = torch.randn(tokens, shape[1]).to(weight)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
-        packed = to_sparse_semi_structured(weight)
-    return {DENSE: _product(x, weight), PATTERN: _product(x, packed)}
+    return {DENSE: _product(x, weight), PATTERN: _product(x, packed(weight))}
 
 
 def _product(x: Tensor, weight: Tensor) -> Run:

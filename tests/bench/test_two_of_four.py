@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gapfx.bench.clock import Stopwatch
-from gapfx.bench.two_of_four import capability_of, forwards, refusal, shape_refusal, time_two_of_four
+from gapfx.bench.two_of_four import forwards, refusal, time_two_of_four
 from gapfx.plan import Weight
 
 
@@ -22,23 +22,6 @@ from gapfx.plan import Weight
 )
 def test_why_it_is_not_timed(patterns: set[str], capability: tuple[int, int] | None, reason: str) -> None:
     assert refusal(patterns, capability) == reason
-
-
-@pytest.mark.parametrize(
-    ("shape", "reason"),
-    [
-        ((64, 128), ""),
-        ((48, 128), "2:4 takes multiples of 32 outputs and 64 inputs"),
-        ((64, 96), "2:4 takes multiples of 32 outputs and 64 inputs"),
-        ((64, 64, 3), "2:4 is timed for linear layers alone"),
-    ],
-)
-def test_which_weights_the_format_takes(shape: tuple[int, ...], reason: str) -> None:
-    assert shape_refusal(shape) == reason
-
-
-def test_a_cpu_has_no_compute_capability() -> None:
-    assert capability_of(torch.device("cpu")) is None
 
 
 def test_classes_that_the_format_does_not_take_are_told_and_other_patterns_left_out() -> None:
