@@ -50,11 +50,12 @@ AllocationOption = Annotated[
 ]
 Dense = Annotated[list[str] | None, typer.Option(help="Weights that stay dense: globs, or first, or last.")]
 PruneEmbeddings = Annotated[bool | None, typer.Option(help="Prune embeddings too.")]
-Method = Annotated[str | None, typer.Option(help="gap, pgap, acdc, gmp, oneshot, static or dense.")]
+Method = Annotated[str | None, typer.Option(help="gap, pgap, rgap, acdc, gmp, oneshot, set, rigl, static or dense.")]
 Replicas = Annotated[int | None, typer.Option(help="Models that pgap trains side by side; one a group by default.")]
 Rounds = Annotated[int | None, typer.Option(help="Turns over all groups.")]
 PhaseEpochs = Annotated[float | None, typer.Option(help="Epochs for which a group is dense.")]
 FinetuneEpochs = Annotated[float | None, typer.Option(help="Epochs with all masks fixed at the end.")]
+UpdateSteps = Annotated[int | None, typer.Option(help="Steps between two updates of masks in set and rigl.")]
 StepsPerEpoch = Annotated[int | None, typer.Option(help="For data without a length.")]
 BatchSize = Annotated[int | None, typer.Option(help="Samples of an optimizer step over all ranks.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
@@ -92,6 +93,7 @@ def sparsify(
     rounds: Rounds = None,
     phase_epochs: PhaseEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
+    update_steps: UpdateSteps = None,
     steps_per_epoch: StepsPerEpoch = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
@@ -148,6 +150,7 @@ def plan_command(
     rounds: Rounds = None,
     phase_epochs: PhaseEpochs = None,
     finetune_epochs: FinetuneEpochs = None,
+    update_steps: UpdateSteps = None,
     steps_per_epoch: StepsPerEpoch = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,

@@ -37,14 +37,21 @@ def count_forward(model: nn.Module, run: Callable[[nn.Module], object]) -> Forwa
 
 
 def training_flops(plan: Plan, forward: ForwardFlops) -> float:
-    """Operations of all steps of the plan on such batches, products with masked weights taken by their live share."""
-    rest = forward.total - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())
+    """Operations of all steps of the plan on such batches, products with masked weights taken by their live share.
+
+    An update of masks by gradients costs a forward and a backward of which the gradient of the weights is dense, as
+    RigL's paper counts it (Evci et al., 2020, appendix H).
+    """
+    dense = forward.total
+    rest = dense - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())
     of_group = [sum(forward.by_weight.get(w.fqn, 0) for w in group.weights) for group in plan.groups]
-    return sum(
-        STEP_OVER_FORWARD * phase.num_steps * (rest + sum(f * s for f, s in zip(of_group, shares, strict=True)))
-        for phase, replicas in live_shares(plan)
-        for shares in replicas
-    )
+    total = 0.0
+    for phase, replicas in live_shares(plan):
+        for shares in replicas:
+            sparse = rest + sum(f * s for f, s in zip(of_group, shares, strict=True))
+            total += STEP_OVER_FORWARD * phase.num_steps * sparse
+            total += 2 * sparse + dense if phase.drop and phase.regrow == "gradient" else 0
+    return total
 
 
 def live_shares(plan: Plan) -> Iterator[tuple[Phase, list[list[float]]]]:

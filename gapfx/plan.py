@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 
 StateRule = Literal["reset", "carry"]
 LrRule = Literal["restart", "continue"]
+RegrowRule = Literal["random", "gradient"]
 Form = Literal["forward", "read", "in-place"]
 Kernel = Literal["expand", "sparse"]
 
@@ -93,6 +94,10 @@ class Phase:
     the learning rate do when the phase begins. With more than one of `replicas`, each of them trains a model of its own
     from the same start: replica r grows and prunes every `replicas`-th group from the r-th on, and they are merged.
     A prune goes to `depth` times the target sparsity, in (0, 1].
+
+    Before the first step each weight that does not grow drops the `drop` share of its live values that are smallest in
+    magnitude, and as many masked ones become live at 0: drawn at random, or those with the largest gradient of the
+    first step's batch.
     """
 
     name: str
@@ -105,6 +110,8 @@ class Phase:
     lr: LrRule = "restart"
     replicas: int = 1
     depth: float = 1.0
+    drop: float = 0.0
+    regrow: RegrowRule = "random"
 
     def grown_by(self, replica: int) -> tuple[int, ...]:
         """Groups that become dense in one replica."""
@@ -287,6 +294,12 @@ def _check_phases(plan: Plan, source: str) -> None:
             )
         if not 0 < phase.depth <= 1:
             raise PlanError(f"depth {phase.depth} is not in (0, 1]", where=where, fix="1 prunes to the target sparsity")
+        if not 0 <= phase.drop < 1 or (phase.drop and phase.replicas > 1):
+            raise PlanError(
+                f"{phase.replicas} replicas cannot drop {phase.drop} of their live weights",
+                where=where,
+                fix="drop is a share in [0, 1), and 0 with more than one replica",
+            )
         wrong = [group for group in (*phase.grow, *phase.prune) if not 0 <= group < len(plan.groups)]
         if wrong:
             raise PlanError(f"group {wrong[0]} does not exist", where=where, fix=f"there are {len(plan.groups)} groups")

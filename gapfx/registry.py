@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from gapfx.errors import UserError
+from gapfx.plugins import load_plugins
 
 EntryT = TypeVar("EntryT")
 NewT = TypeVar("NewT")
@@ -15,8 +16,9 @@ NewT = TypeVar("NewT")
 class Registry(Generic[EntryT]):
     """Names of one kind of extension, in the order in which they were registered.
 
-    Raises UserError for a name that is taken (naming both owners) and for one that is unknown (listing the known, and
-    `unnamed`, what goes without a name).
+    Plug-ins are loaded when a name is unknown or all names are asked for (see gapfx.plugins). Raises UserError for a
+    name that is taken (naming both owners) and for one that is unknown (listing the known, and `unnamed`, what goes
+    without a name).
     """
 
     def __init__(self, kind: str, *, unnamed: str = "") -> None:
@@ -40,7 +42,7 @@ class Registry(Generic[EntryT]):
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> EntryT:
-        if name not in self._entries:
+        if name not in self:
             near = difflib.get_close_matches(name, self._entries, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join([*self._entries, *[self.unnamed] * bool(self.unnamed)])
@@ -48,9 +50,12 @@ class Registry(Generic[EntryT]):
         return self._entries[name]
 
     def __contains__(self, name: str) -> bool:
+        if name not in self._entries:
+            load_plugins()
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
+        load_plugins()
         return iter(self._entries)
 
 

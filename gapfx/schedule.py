@@ -7,11 +7,14 @@ train several models side by side, has the same number of steps, so that methods
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gapfx.errors import UserError
-from gapfx.plan import Phase, Plan, StateRule
+from gapfx.plan import Phase, Plan, RegrowRule, StateRule
 from gapfx.registry import Registry
 
 
@@ -20,7 +23,8 @@ class Budget:
     """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
 
     `state` says what happens to the optimizer state where a growing phase begins; `replicas` is the number of models
-    that `pgap` trains side by side, 0 for one a group.
+    that `pgap` trains side by side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and
+    `rigl`, whose phases those are; `seed` draws what a schedule draws.
     """
 
     rounds: int
@@ -28,6 +32,8 @@ class Budget:
     finetune_steps: int
     state: StateRule = "reset"
     replicas: int = 0
+    update_steps: int = 100
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,32 @@ class Schedule:
 
 
 ScheduleMaker = Callable[[Budget, int], Schedule]
+# Of the live weights, at the first update; and the share of the run after which masks stay (Evci et al., 2020).
+DROP, UPDATES_UNTIL = 0.3, 0.75
 SCHEDULES: Registry[ScheduleMaker] = Registry("method")
 
 
 @SCHEDULES.register("gap")
 def gap(budget: Budget, num_groups: int) -> Schedule:
     """Cyclic GaP (Ma et al., ICLR 2022): each group in turn grown to dense, trained, pruned; then a full fine-tune."""
-    turns = [(turn, group) for turn in range(budget.rounds) for group in range(num_groups)]
+    return _one_by_one(budget, [list(range(num_groups))] * budget.rounds)
+
+
+@SCHEDULES.register("rgap")
+def rgap(budget: Budget, num_groups: int) -> Schedule:
+    """GaP with the groups of each round in random order, none twice in a row: the control for the cyclic order."""
+    draw, orders = random.Random(budget.seed), list[list[int]]()
+    for _ in range(budget.rounds):
+        order = draw.sample(range(num_groups), num_groups)
+        if orders and num_groups > 1 and order[0] == orders[-1][-1]:
+            order.append(order.pop(0))
+        orders.append(order)
+    return _one_by_one(budget, orders)
+
+
+def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
+    """Each group grown alone, in the order given for each round; then a full fine-tune."""
+    turns = [(turn, group) for turn, order in enumerate(orders) for group in order]
     phases = [
         Phase(
             f"round {turn + 1} group {group + 1}",
@@ -165,16 +190,57 @@ def gmp(budget: Budget, num_groups: int) -> Schedule:
     return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
 
 
+@SCHEDULES.register("set")
+def set_(budget: Budget, num_groups: int) -> Schedule:
+    """SET (Mocanu et al., 2018): every `update_steps` 30 % of the live weights are dropped, others regrown at random.
+
+    Regrown weights start at 0, where the paper draws them anew.
+    """
+    return _rewired(budget, num_groups, "random", lambda step: DROP)
+
+
+@SCHEDULES.register("rigl")
+def rigl(budget: Budget, num_groups: int) -> Schedule:
+    """RigL (Evci et al., ICML 2020): as `set`, but those with the largest gradient of the dense weight are regrown.
+
+    The share falls along a cosine, 0.15 (1 + cos(pi t / T)), until T, three quarters of the run; masks stay then.
+    Weights that keep theirs keep their optimizer state; that of regrown ones is 0.
+    """
+    until = UPDATES_UNTIL * _total_steps(budget, num_groups)
+    return _rewired(
+        budget, num_groups, "gradient", lambda step: DROP / 2 * (1 + math.cos(math.pi * step / until)) * (step < until)
+    )
+
+
+def _rewired(budget: Budget, num_groups: int, regrow: RegrowRule, drop: Callable[[int], float]) -> Schedule:
+    """Random masks; `drop(step)` of the live weights are exchanged every `update_steps`, while it is not 0."""
+    total = _total_steps(budget, num_groups)
+    starts = [0, *(step for step in range(budget.update_steps, total, budget.update_steps) if drop(step))]
+    phases = [
+        Phase(
+            f"update {index}" if index else "random masks",
+            start,
+            stop,
+            state="carry",
+            lr="continue",
+            drop=drop(start) if index else 0.0,
+            regrow=regrow,
+        )
+        for index, (start, stop) in enumerate(itertools.pairwise([*starts, total]))
+    ]
+    return Schedule(tuple(phases))
+
+
 def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
     """The plan with the phase table of `method`. Raises UserError for an unknown method or an empty budget."""
     maker = SCHEDULES[method]
     if not plan.groups:
         raise UserError("the plan has no groups", fix="`gapfx plan TASK` shows why each weight stays dense")
-    if budget.rounds < 1 or budget.phase_steps < 1 or budget.finetune_steps < 0:
+    if budget.rounds < 1 or budget.phase_steps < 1 or budget.finetune_steps < 0 or budget.update_steps < 1:
         raise UserError(
             f"no schedule of {budget.rounds} rounds, {budget.phase_steps} steps a phase, "
             f"{budget.finetune_steps} steps of fine-tuning",
-            fix="--rounds and --phase-epochs must be positive, --finetune-epochs zero or more",
+            fix="--rounds, --phase-epochs and --update-steps must be positive, --finetune-epochs zero or more",
         )
     schedule = maker(budget, len(plan.groups))
     return dataclasses.replace(plan, method=method, phases=schedule.phases, start_masks=schedule.start_masks)

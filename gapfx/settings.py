@@ -38,6 +38,7 @@ class Settings:
     clip: float = 1.0
     state: Literal["reset", "carry"] = "reset"
     regrow_warmup: int = 0
+    update_steps: int = 100
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1
     form: Literal["masked", "compact"] = "compact"
@@ -98,6 +99,7 @@ _LOWEST: Mapping[str, float] = {
     "micro_batch": 0,
     "clip": 0,
     "regrow_warmup": 0,
+    "update_steps": 1,
     "nproc": 1,
     "log_every": 1,
     "eval_epochs": 0,

@@ -226,6 +226,8 @@ def _phase_row(plan: Plan, index: int, phase: Phase, kept: float) -> list[str]:
     steps = f"[{phase.start:,}, {phase.stop:,})"
     grow, prune = (_groups(plan, groups) for groups in (phase.grow, phase.prune))
     prune += f" to {phase.depth:.1%} of target" if phase.depth < 1 else ""
+    if phase.drop:
+        grow = f"{'' if grow == '-' else f'{grow}, '}{phase.drop:.1%} dropped, regrown: {phase.regrow}"
     return [str(index), phase.name, str(phase.round), steps, grow, prune, phase.state, phase.lr, _share(kept)]
 
 

@@ -250,14 +250,10 @@ def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
     """The plan with the phase table of the settings; a plan that brings its own phases keeps them."""
     if plan.phases:
         return plan
-    per_epoch = feed.steps_per_epoch
-    budget = Budget(
-        rounds=settings.rounds,
-        phase_steps=round(settings.phase_epochs * per_epoch),
-        finetune_steps=round(settings.finetune_epochs * per_epoch),
-        state=settings.state,
-        replicas=settings.replicas,
-    )
+    epochs = settings.phase_epochs, settings.finetune_epochs
+    phase_steps, finetune_steps = (round(number * feed.steps_per_epoch) for number in epochs)
+    fixed = settings.state, settings.replicas, settings.update_steps, settings.seed
+    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed)
     return with_schedule(plan, settings.method, budget)
 
 

@@ -13,6 +13,7 @@ from tests.made_up_pairs import write_pairs
 from tests.runs import ROOT, gapfx, summary
 
 SMOKE = {
+    "custom_method": ("--phase-epochs", 0.02, "--finetune-epochs", 0.02, "--rounds", 1),
     "detection": ("--phase-epochs", 0.05, "--finetune-epochs", 0.05),
     "fashion": ("--phase-epochs", 0.02, "--finetune-epochs", 0.02, "--rounds", 1),
     "imagenet": (

@@ -84,3 +84,15 @@ def test_every_replica_of_parallel_gap_counts() -> None:
 def test_a_training_costs_three_forwards_a_step_at_its_live_share(method: str, share: float) -> None:
     forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
     assert training_flops(plan_of(method), forward) == pytest.approx(3 * 80 * (100 + 900 * share))
+
+
+def test_an_update_by_gradients_costs_a_dense_gradient_more() -> None:
+    forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
+    random, steepest = (
+        with_schedule(plan_of("static"), method, Budget(2, 10, 20, update_steps=15)) for method in ("set", "rigl")
+    )
+    assert training_flops(random, forward) == pytest.approx(3 * 80 * (100 + 900 * 0.1))
+    num_updates = sum(phase.drop > 0 for phase in steepest.phases)
+    assert num_updates == 3
+    more = training_flops(steepest, forward) - training_flops(random, forward)
+    assert more == pytest.approx(num_updates * (2 * (100 + 900 * 0.1) + 1000))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +75,8 @@ def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order
         ("oneshot", [(0, 1), ()], [(0, 1), ()]),
         ("acdc", [(0, 1), (), ()], [(0, 1), (), ()]),
         ("gmp", [(0, 1), (), ()], [(0, 1), (0, 1), ()]),
+        ("set", [()], [()]),
+        ("rigl", [()], [()]),
     ],
 )
 def test_each_method_grows_and_prunes_as_it_says(
@@ -113,9 +117,48 @@ def test_acdc_ends_sparse() -> None:
     assert (last.name, last.grow, last.prune) == ("sparse 3", (), ())
 
 
-@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot", "acdc", "gmp"])
+@given(BUDGETS, st.integers(2, 6), st.integers(0, 5))
+def test_rgap_visits_every_group_once_a_round_in_an_order_drawn_by_the_seed(
+    budget: Budget, num_groups: int, seed: int
+) -> None:
+    budget = dataclasses.replace(budget, seed=seed)
+    grown = [phase.grow[0] for phase in with_schedule(plan_of(num_groups), "rgap", budget).phases if phase.grow]
+    rounds = [grown[first : first + num_groups] for first in range(0, len(grown), num_groups)]
+    assert [sorted(order) for order in rounds] == [list(range(num_groups))] * budget.rounds
+    assert all(group != following for group, following in itertools.pairwise(grown))
+    assert with_schedule(plan_of(num_groups), "rgap", budget) == with_schedule(plan_of(num_groups), "rgap", budget)
+
+
+def test_rgap_draws_other_orders_for_other_seeds() -> None:
+    orders = {with_schedule(plan_of(5), "rgap", Budget(2, 5, 0, seed=seed)).phases for seed in range(6)}
+    assert len(orders) == 6
+
+
+def test_rigl_drops_along_a_cosine_and_rests_for_the_last_quarter() -> None:
+    """Evci et al., 2020, section 3: f(t) = alpha / 2 (1 + cos(t pi / T_end)), every delta T steps while t < T_end."""
+    phases = with_schedule(plan_of(2), "rigl", Budget(1, 400, 200, update_steps=50)).phases
+    updates = {phase.start: phase.drop for phase in phases if phase.drop}
+    assert list(updates) == list(range(50, 750, 50))
+    assert updates == pytest.approx({t: 0.15 * (1 + math.cos(math.pi * t / 750)) for t in updates})
+    assert {phase.regrow for phase in phases} == {"gradient"}
+    assert {(phase.lr, phase.state) for phase in phases} == {("continue", "carry")}
+    assert phases[0].drop == 0
+    assert (phases[-1].start, phases[-1].stop) == (700, 1000)
+
+
+def test_set_drops_the_same_share_at_random_to_the_end() -> None:
+    phases = with_schedule(plan_of(2), "set", Budget(1, 400, 200, update_steps=300)).phases
+    assert [(phase.start, phase.drop, phase.regrow) for phase in phases] == [
+        (0, 0.0, "random"),
+        (300, 0.3, "random"),
+        (600, 0.3, "random"),
+        (900, 0.3, "random"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot", "acdc", "gmp", "set", "rigl"])
 def test_phase_tables_read_like_the_golden_ones(method: str, golden: Callable[[str, str], None]) -> None:
-    plan = with_schedule(plan_of(3), method, Budget(rounds=2, phase_steps=500, finetune_steps=1000))
+    plan = with_schedule(plan_of(3), method, Budget(rounds=2, phase_steps=500, finetune_steps=1000, update_steps=600))
     golden(f"schedule_{method}", format_phases(plan))
 
 
@@ -129,10 +172,11 @@ def test_what_the_plan_held_before_stays() -> None:
     ("method", "budget", "message"),
     [
         ("gap", Budget(0, 1, 1), "no schedule of 0 rounds, 1 steps a phase, 1 steps of fine-tuning"),
-        ("gap", Budget(1, 0, 1), "--rounds and --phase-epochs must be positive"),
+        ("gap", Budget(1, 0, 1), "--rounds, --phase-epochs and --update-steps must be positive"),
         ("static", Budget(1, 1, -1), "-1 steps of fine-tuning"),
         ("oneshot", Budget(1, 1, 0), "oneshot needs a fine-tune after its prune"),
         ("gmp", Budget(1, 1, 0), "gmp needs a fine-tune after its last prune"),
+        ("rigl", Budget(1, 1, 1, update_steps=0), "--phase-epochs and --update-steps must be positive"),
         ("gapp", Budget(1, 1, 1), "unknown method 'gapp'\n  to do: did you mean 'gap'?"),
     ],
 )

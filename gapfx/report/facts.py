@@ -11,6 +11,7 @@ from gapfx.report.read_run import Run, Span, number, record
 METHODS = {
     "gap": "grow-and-prune",
     "pgap": "parallel grow-and-prune",
+    "rgap": "grow-and-prune in random order",
     "acdc": "AC/DC",
     "gmp": "gradual magnitude pruning",
     "oneshot": "one-shot pruning after dense training",

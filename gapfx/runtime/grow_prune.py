@@ -69,7 +69,7 @@ def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
         if group_of[fqn] in is_dense:
             state.sparse_bits[fqn] = _own_ones(state, fqn)
         else:
-            _set_mask(state, fqn, _new_mask(state, weight, plan.start_masks, generator(seed, 0, index)))
+            set_mask(state, fqn, _new_mask(state, weight, plan.start_masks, generator(seed, 0, index)))
         state.explored[fqn] = state.sparse_bits[fqn].clone()
 
 
@@ -102,7 +102,7 @@ def _prune(state: TrainState, weight: Weight, mask: Tensor) -> PrunedWeight:
     fqn = weight.fqn
     before, value = state.sparse_bits[fqn], dense_slice(state, state.weights, fqn)
     lost, had = state.peers.total(torch.stack([value[~mask].square().sum(), value.square().sum()]))
-    _set_mask(state, fqn, mask)
+    set_mask(state, fqn, mask)
     own = state.sparse_bits[fqn]
     state.explored[fqn] = state.explored[fqn] | own
     changed, kept = state.peers.total(torch.tensor([count_kept(before ^ own), count_kept(own)])).tolist()
@@ -173,9 +173,16 @@ def audit(state: TrainState, plan: Plan) -> Audit:
 def check_prunes(plan: Plan) -> None:
     """Raise UserError for prunes that a pattern or the criterion cannot make."""
     for weight in plan.weights():
-        if parse_pattern(weight.pattern).fixed_sparsity is not None and any(phase.depth < 1 for phase in plan.phases):
+        pattern = parse_pattern(weight.pattern)
+        if pattern.fixed_sparsity is not None and any(phase.depth < 1 for phase in plan.phases):
             raise UserError(
                 f"{weight.fqn} has the pattern {weight.pattern}, which cannot be reached step by step",
+                fix="take another --method, or --pattern unstructured",
+            )
+        is_part_kept = pattern.fixed_sparsity is None and isinstance(pattern, SlicedPattern)
+        if not is_part_kept and any(phase.drop for phase in plan.phases):
+            raise UserError(
+                f"{weight.fqn} has the pattern {weight.pattern}, of which no share can be dropped and regrown",
                 fix="take another --method, or --pattern unstructured",
             )
     pruned = {group for phase in plan.phases for group in phase.prune}
@@ -238,7 +245,8 @@ def _check_scores(score: Tensor, fqn: str, state: TrainState, peers: Peers) -> N
         )
 
 
-def _set_mask(state: TrainState, fqn: str, mask: Tensor) -> None:
+def set_mask(state: TrainState, fqn: str, mask: Tensor) -> None:
+    """Put a flat mask of this rank's slice in force: what it drops is gone, what it adds starts at 0 (collective)."""
     own = pack(mask)
     for table in state.tables(fqn):
         table[fqn] = live_slice(dense_slice(state, table, fqn), own)

@@ -24,6 +24,7 @@ from gapfx.runtime.memory import returning_memory
 from gapfx.runtime.ranks import Peers
 from gapfx.runtime.regrow import regrowth
 from gapfx.runtime.replicas import Merge, for_team
+from gapfx.runtime.rewire import rewire
 from gapfx.runtime.skeleton import hollow, skeleton_of
 from gapfx.runtime.state import OptimizerState, TrainState
 from gapfx.runtime.steps import (
@@ -83,8 +84,9 @@ def _run_phase(run: PhaseRun, state: TrainState) -> None:
     with returning_memory():
         if state.step == run.phase.start:
             _forget(run, state)
+            changed = rewire(run, state) if run.phase.drop else 0
             grow(state, run.job.plan, run.phase.grow)
-            _announce(run, state)
+            _announce(run, state, changed)
         check_ranks_agree(state)
     _train_phase(run, state)
     with returning_memory():
@@ -137,9 +139,10 @@ def _forget(run: PhaseRun, state: TrainState) -> None:
         state.optimizer = OptimizerState()
 
 
-def _announce(run: PhaseRun, state: TrainState) -> None:
+def _announce(run: PhaseRun, state: TrainState, changed_bits: int = 0) -> None:
     phase, plan = run.phase, run.job.plan
     facts = {"grow": _names(plan, phase.grow), "prune": _names(plan, phase.prune), "sparsity": sparsity_now(state)}
+    facts |= {"drop": phase.drop, "regrow": phase.regrow, "changed_bits": changed_bits} if phase.drop else {}
     run.emit("phase", state.step, name=phase.name, round=phase.round, stop=phase.stop, **facts)
 
 

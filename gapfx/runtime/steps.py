@@ -93,6 +93,12 @@ class PhaseRun:
         return bool(following) and following[0].state == "reset"
 
     @property
+    def is_rewired_next(self) -> bool:
+        """Whether this phase ends because the next one drops and regrows."""
+        following = self.job.plan.phases[self.index + 1 :]
+        return bool(following) and following[0].drop > 0
+
+    @property
     def grown(self) -> list[str]:
         """FQNs of the weights that grow in this replica."""
         groups = self.phase.grown_by(self.replica)
@@ -113,6 +119,14 @@ def open_engine(run: PhaseRun, state: TrainState) -> Engine:
     fill_engine(engine, state)
     module.train()
     return engine
+
+
+def descend(run: PhaseRun, engine: Engine, step: int) -> None:
+    """One step on the batches of `step`, with the full learning rate, that is not told of (collective)."""
+    feed = run.job.feed.among(run.team.peers.rank, run.team.peers.size)
+    dtype = torch.bfloat16 if run.job.engine.dtype == "bf16" else None
+    batches = next(feed.steps(step, step + 1))
+    engine.train_step((to_model(batch, local_device(), dtype) for batch in batches), run.job.loss, 1.0)
 
 
 def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
@@ -154,7 +168,8 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
             facts |= {"preparation_seconds": round(prepared, 4)} if prepared else {}
             run.emit("step", state.step, **facts, seconds=time.monotonic() - run.began)
         # Teams that train other replicas meanwhile take part, to hear of a stop.
-        if run.replica < run.team.count and (is_last or _is_due(state.step, pace.evaluate)):
+        is_due = (is_last and not run.is_rewired_next) or _is_due(state.step, pace.evaluate)
+        if run.replica < run.team.count and is_due:
             state.owed = "trained"
             if not stop:
                 _evaluate(run, engine.module, state)

@@ -1,0 +1,92 @@
+"""A method, a criterion, a pattern and a pass of somebody else; the entry point in pyproject.toml names this module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor
+
+from gapfx.compiler import Analysis, Unit, register
+from gapfx.criterion import CRITERIA
+from gapfx.errors import UserError
+from gapfx.passes.partition import Partition
+from gapfx.pattern import PATTERNS, kept_count, top_mask
+from gapfx.plan import Phase
+from gapfx.schedule import SCHEDULES, Budget, Schedule
+
+
+@SCHEDULES.register("backwards")
+def backwards(budget: Budget, num_groups: int) -> Schedule:
+    """GaP from the last group to the first; then a full fine-tune."""
+    turns = [(turn, group) for turn in range(budget.rounds) for group in reversed(range(num_groups))]
+    phases = [
+        Phase(
+            f"round {turn + 1} group {group + 1}",
+            start=index * budget.phase_steps,
+            stop=(index + 1) * budget.phase_steps,
+            grow=(group,),
+            prune=(group,),
+            round=turn,
+        )
+        for index, (turn, group) in enumerate(turns)
+    ]
+    stop = len(turns) * budget.phase_steps
+    return Schedule((*phases, Phase("fine-tune", stop, stop + budget.finetune_steps, round=budget.rounds)))
+
+
+@CRITERIA.register("relative-magnitude")
+def relative_magnitude(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """|w| over the norm of its output's weights."""
+    norms = weight.flatten(1).norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight.flatten(1).abs() / norms[:, None]).view(weight.shape)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Whole outputs are zero or kept, by the sum of their scores."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """None: any sparsity, in steps of an output."""
+        return None
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Needs outputs and inputs."""
+        return None if len(shape) > 1 else "it has no inputs"
+
+    def num_kept(self, shape: tuple[int, ...], sparsity: float) -> int:
+        """Nearest whole number of outputs, at least one, in weights."""
+        return kept_count(shape[0], sparsity) * (torch.Size(shape).numel() // shape[0])
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """The outputs with the highest sums."""
+        sums = reduce(score.flatten(1), "o i -> o", "sum")
+        kept = top_mask(sums, kept_count(len(sums), sparsity))
+        return repeat(kept, "o -> o i", i=score[0].numel()).view(score.shape)
+
+
+@PATTERNS.register("outputs")
+def outputs(options: str) -> Outputs:
+    """`outputs`, which has no options."""
+    if options:
+        raise UserError(f"the pattern outputs has no options, got {options!r}", fix="write --pattern outputs")
+    return Outputs()
+
+
+@register
+@dataclass(frozen=True)
+class CountGroups(Analysis[int]):
+    """The number of groups that the partition has made, at least `least`."""
+
+    name: ClassVar[str] = "count-groups"
+    least: int = 1
+
+    def compute(self, unit: Unit) -> int:
+        """Raises UserError for fewer."""
+        found = len(unit.latest(Partition))
+        if found < self.least:
+            raise UserError(f"{found} groups are fewer than {self.least}", fix="give more --groups")
+        return found
