@@ -1,7 +1,8 @@
 // Linear layers with a sparse weight: products and gradients of live values alone, in panels of 64 tokens.
 //
-// A few panels at a time (as many as threads, twice as many backward) are packed, multiplied and unpacked, so that no
-// second copy of all activations exists. Threads share panels, and rows where there are fewer panels than threads.
+// A few panels at a time (as many as threads, twice as many backward, more where they are small) are packed, multiplied
+// and unpacked, so that no second copy of large activations exists. Threads share panels, and rows where there are fewer
+// panels than threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,6 +20,8 @@ using namespace gapfx::linear;
 
 constexpr int64_t kSlice = 256;          // outputs of a slice: what a thread multiplies before it unpacks
 constexpr int64_t kPackedColumns = 256;  // features that a thread packs at a time
+// Packed panels that threads wait for each other about: a wait may take as long as the product of a small layer.
+constexpr int64_t kTogether = int64_t{1} << 20;
 
 const Kernels& kernels() {
 #if GAPFX_X86
@@ -41,6 +44,13 @@ Scratch<T> scratch(int64_t size) {
 }
 
 int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
+// Panels that are packed before any is multiplied: at least `least`, an even number of each thread unless they are all.
+int64_t num_together(int64_t panels, int64_t least, int64_t features, int threads) {
+  if (threads == 1) return std::min(panels, least);
+  const int64_t of_each = kTogether / (4 * kPanel * std::max<int64_t>(features, 1)) / (2 * threads);
+  return std::min(panels, std::max(least, of_each * 2 * threads));
+}
 
 // Rows of activations [tokens][features], fp32 or bf16.
 struct Rows {
@@ -171,7 +181,7 @@ GAPFX_API void gapfx_linear_forward(const Pattern* pattern, const float* values,
   const Pattern& p = *pattern;
   const Rows in{static_cast<char*>(const_cast<void*>(x)), tokens, p.inputs, is_fp32};
   const Rows out{static_cast<char*>(y), tokens, p.rows * p.block, is_fp32};
-  const int64_t panels = in.num_panels(), together = std::min<int64_t>(threads, panels);
+  const int64_t panels = in.num_panels(), together = num_together(panels, threads, p.inputs, threads);
   const int64_t parts = ceil_div(p.inputs, kPackedColumns), slices = ceil_div(out.features, kSlice);
   const Product product = p.block == 1 ? kernels().product : kernels().block_product;
   const auto packed = scratch<float>(together * p.inputs * kPanel);
@@ -202,9 +212,11 @@ GAPFX_API void gapfx_linear_backward(const Pattern* pattern, const int32_t* turn
   const Rows in{static_cast<char*>(const_cast<void*>(x)), tokens, p.inputs, is_fp32};
   const Rows down{static_cast<char*>(grad_x), tokens, p.inputs, is_fp32};
   // An even number, as the sum over tokens takes panels in pairs: the same ones for every number of threads.
-  const int64_t panels = up.num_panels(), together = std::min<int64_t>(2 * threads, panels);
+  const int64_t panels = up.num_panels(), together = num_together(panels, 2 * threads, outputs + p.inputs, threads);
   const int64_t up_parts = ceil_div(outputs, kPackedColumns), in_parts = ceil_div(p.inputs, kPackedColumns);
-  const int64_t slices = ceil_div(p.inputs, kSlice), row_slices = ceil_div(outputs, kSlice), rows = kSlice / p.block;
+  const int64_t slices = ceil_div(p.inputs, kSlice);
+  // Where there are few rows, each thread has some.
+  const int64_t rows = std::clamp<int64_t>(ceil_div(p.rows, threads), 1, kSlice / p.block), row_slices = ceil_div(p.rows, rows);
   const auto ups = scratch<float>(together * outputs * kPanel);
   const auto ins = scratch<float>(grad_values ? together * p.inputs * kPanel : 0);
   const auto turned = grad_x ? std::make_unique<Turned>(p, turned_starts, turned_tile) : nullptr;
