@@ -48,7 +48,7 @@ TASK_MISTAKES = {
 }
 FLAG_MISTAKES = {
     "sparsity above 1": (("--sparsity", 1.2), "sparsity 1.2 is not in [0, 1)"),
-    "unknown method": (("--method", "gapp"), "did you mean 'gap'? known: gap, pgap, dense, static, oneshot, acdc, gmp"),
+    "unknown method": (("--method", "gapp"), "did you mean 'gap'? known: gap, rgap, pgap, dense,"),
     "gmp to a fixed pattern": (("--method", "gmp", "--pattern", "2:4"), "which cannot be reached step by step"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),

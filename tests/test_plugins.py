@@ -65,6 +65,7 @@ def test_without_the_package_its_names_are_unknown() -> None:
     assert "unknown method 'backwards'" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "problem"),
     [

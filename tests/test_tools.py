@@ -17,6 +17,7 @@ def test_all_measurements_are_commands() -> None:
     assert {"bench_inference.py", "bench_step.py", "get_data.py", "zoo.py"} <= set(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_tool_runs_by_its_path_alone(name: str, tmp_path: Path) -> None:
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
