@@ -278,8 +278,8 @@ def test_devices_on_which_nothing_is_served_are_told(run: Path) -> None:
         gapfx.load(run, device="meta")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a torch without CUDA")
-def test_a_missing_cuda_device_is_told(run: Path) -> None:
+def test_a_missing_cuda_device_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch finds no CUDA device here"):
         gapfx.load(run, device="cuda")
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any
 
 import numpy as np
@@ -145,6 +146,18 @@ class Layer:
         return kernels.backward(self.gradient, self.x, self.values, self.index, needs_x=True, needs_values=True)
 
 
+def cases_of(shapes: str, tokens: str) -> Iterator[tuple[tuple[int, int], int]]:
+    """Every shape [outputs, inputs] with every number of tokens."""
+    for shape, number in product(shapes.split(","), tokens.split(",")):
+        outputs, _, inputs = shape.partition("x")
+        yield (int(outputs), int(inputs)), int(number)
+
+
+def masks_of(sparsities: str, blocks: str) -> list[tuple[float, int]]:
+    """Every sparsity with every block."""
+    return [(float(sparsity), int(block)) for sparsity, block in product(sparsities.split(","), blocks.split(","))]
+
+
 def linear_row(timer: Timer, shape: tuple[int, int], num_tokens: int, sparsity: float, block: int) -> None:
     """Forward, both gradients, and all three together, over dense fp32."""
     outputs, inputs = shape
@@ -187,12 +200,8 @@ def linear(
     torch.manual_seed(0)
     table("shape", "tokens", "sparsity", "block", "forward / ONNX", "forward", "grad x", "grad values", "all three")
     table(*["---"] * 9)
-    for shape in shapes.split(","):
-        outputs, _, inputs = shape.partition("x")
-        for num_tokens in map(int, tokens.split(",")):
-            for sparsity in map(float, sparsities.split(",")):
-                for block in map(int, blocks.split(",")):
-                    linear_row(timer, (int(outputs), int(inputs)), num_tokens, sparsity, block)
+    for (shape, num_tokens), mask in product(cases_of(shapes, tokens), masks_of(sparsities, blocks)):
+        linear_row(timer, shape, num_tokens, *mask)
 
 
 def fixed_layers(shape: tuple[int, int], num: int, sparsity: float, block: int) -> list[tuple[Tensor, Tensor]]:
@@ -240,11 +249,8 @@ def inference(
     bases = ["x torch fp32", "x torch bf16", *(() if missing() else ("x ONNX",))]
     table("shape", "tokens", "sparsity", "block", "us", *bases)
     table(*["---"] * (5 + len(bases)))
-    masks = [(float(sparsity), int(block)) for sparsity in sparsities.split(",") for block in blocks.split(",")]
-    for shape in shapes.split(","):
-        outputs, _, inputs = shape.partition("x")
-        for num_tokens in map(int, tokens.split(",")):
-            inference_rows(timer, (int(outputs), int(inputs)), num_tokens, masks)
+    for shape, num_tokens in cases_of(shapes, tokens):
+        inference_rows(timer, shape, num_tokens, masks_of(sparsities, blocks))
 
 
 def bits_row(timer: Timer, shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> None:

@@ -46,7 +46,9 @@ def _rewire(state: TrainState, weight: Weight, drop: float, score: Tensor) -> in
     is_live = unpack(before, score.shape)
     magnitude = dense_slice(state, state.weights, fqn).abs().masked_fill(~is_live, -1)
     kept = _highest(state, weight, magnitude, num_live - math.floor(drop * num_live))
-    above = math.inf if score.is_floating_point() else torch.iinfo(score.dtype).max
+    above = (
+        math.inf if score.is_floating_point() else weight.numel
+    )  # above every place in the order; blocks add them up
     set_mask(state, fqn, _highest(state, weight, score.masked_fill(kept, above), num_live))
     own = state.sparse_bits[fqn]
     state.explored[fqn] = state.explored[fqn] | own

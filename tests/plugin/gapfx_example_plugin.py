@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,27 +14,26 @@ from gapfx.criterion import CRITERIA
 from gapfx.errors import UserError
 from gapfx.passes.partition import Partition
 from gapfx.pattern import PATTERNS, kept_count, top_mask
-from gapfx.plan import Phase
-from gapfx.schedule import SCHEDULES, Budget, Schedule
+from gapfx.schedule import SCHEDULES, Budget, Schedule, gap
 
 
 @SCHEDULES.register("backwards")
 def backwards(budget: Budget, num_groups: int) -> Schedule:
     """GaP from the last group to the first; then a full fine-tune."""
-    turns = [(turn, group) for turn in range(budget.rounds) for group in reversed(range(num_groups))]
-    phases = [
-        Phase(
-            f"round {turn + 1} group {group + 1}",
-            start=index * budget.phase_steps,
-            stop=(index + 1) * budget.phase_steps,
-            grow=(group,),
-            prune=(group,),
-            round=turn,
+    phases = (
+        replace(
+            phase,
+            name=f"{phase.name} of those from the end" if phase.grow else phase.name,
+            grow=_mirrored(phase.grow, num_groups),
+            prune=_mirrored(phase.prune, num_groups),
         )
-        for index, (turn, group) in enumerate(turns)
-    ]
-    stop = len(turns) * budget.phase_steps
-    return Schedule((*phases, Phase("fine-tune", stop, stop + budget.finetune_steps, round=budget.rounds)))
+        for phase in gap(budget, num_groups).phases
+    )
+    return Schedule(tuple(phases))
+
+
+def _mirrored(groups: tuple[int, ...], num_groups: int) -> tuple[int, ...]:
+    return tuple(num_groups - 1 - group for group in groups)
 
 
 @CRITERIA.register("relative-magnitude")

@@ -129,7 +129,9 @@ def test_blocks_stay_blocks(method: str, tmp_path: Path, updates: list[Update]) 
         for fqn, after in update.after.items():
             live = after.view(-1, 4, after.shape[1])
             assert torch.equal(live.any(1), live.all(1)), fqn
-            assert after.sum() == update.before[fqn].sum()
+            before = update.before[fqn]
+            assert after.sum() == before.sum()
+            assert (before & ~after).sum() <= update.drop * before.sum() + 4  # to the nearest block
 
 
 def test_an_update_is_told_and_is_no_reason_to_evaluate(tmp_path: Path) -> None:
