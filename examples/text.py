@@ -25,8 +25,8 @@ Batch = tuple[Tensor, Tensor]  # bytes [B, T] and the bytes that follow them [B,
 DATA = Path(__file__).parent / "data"
 NUM_BYTES = 256
 CONTEXT = 64  # bytes that the model sees
-VAL_SHARE = 0.1  # of the text, from its end
-NUM_VAL_WINDOWS = 512
+HELD_OUT_SHARE = 0.1  # of the text, from its end: half of it for validation, then half for the test
+NUM_HELD_OUT_WINDOWS = 512  # that either takes
 
 # Command-line flags win over these.
 defaults = {
@@ -119,10 +119,10 @@ def model() -> nn.Module:
 
 def data(split: str) -> Windows:
     text = torch.frombuffer(bytearray(read_text()), dtype=torch.uint8)
-    num_train = int(len(text) * (1 - VAL_SHARE))
-    if split == "train":
-        return Windows(text[:num_train])
-    return Windows(text[num_train:][: NUM_VAL_WINDOWS * CONTEXT + 1])
+    bounds = [int(len(text) * share) for share in (0, 1 - HELD_OUT_SHARE, 1 - HELD_OUT_SHARE / 2, 1)]
+    number = ("train", "val", "test").index(split)
+    part = text[bounds[number] : bounds[number + 1]]
+    return Windows(part if split == "train" else part[: NUM_HELD_OUT_WINDOWS * CONTEXT + 1])
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -131,11 +131,12 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def evaluate(model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss in nats, and the same in bits: what a compressor with this model would need for each byte."""
+    """Mean loss in nats, its exponential, and in bits: what a compressor with this model would need for each byte."""
     total, count = 0.0, 0
     for batch in loader:
         total, count = total + float(loss(model, batch)) * batch[1].numel(), count + batch[1].numel()
-    return {"bits_per_byte": total / count / math.log(2), "loss": total / count}
+    nats = total / count
+    return {"bits_per_byte": nats / math.log(2), "perplexity": math.exp(nats), "loss": nats}
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -98,6 +98,7 @@ def sparsify(
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
     clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
+    lr_scale: Annotated[float | None, typer.Option(help="Factor of the learning rate of the whole run.")] = None,
     state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
     regrow_warmup: Annotated[
         int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
@@ -112,6 +113,9 @@ def sparsify(
     calibrate: Calibrate = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
     seed: Seed = None,
+    test: Annotated[
+        bool | None, typer.Option("--test/--no-test", help='Evaluate on data("test") too, once, at the end.')
+    ] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,

@@ -263,11 +263,10 @@ def compare_study(path: Path, out: Path | None, parallel: int, *, collect: bool,
     """Train what is missing of a study, write its files, and give its tables."""
     from gapfx.compare.cost import Costs
     from gapfx.compare.execute import Runner
-    from gapfx.compare.outcomes import rows_of
+    from gapfx.compare.outcomes import best_lr_scales
     from gapfx.compare.page import write_page
     from gapfx.compare.study import read_study
-    from gapfx.compare.table import as_json as json_of
-    from gapfx.compare.table import markdown, text
+    from gapfx.compare.table import Tables
     from gapfx.run_dir import write_atomically
 
     study, out = read_study(path), out or Path("runs") / path.stem
@@ -277,14 +276,17 @@ def compare_study(path: Path, out: Path | None, parallel: int, *, collect: bool,
         parallel,
         lambda line: print(line, file=sys.stderr, flush=True),
     )
-    outcomes = list(runner.outcomes(study.trials())) if collect else runner.run(study.trials())
+    find = (lambda trials: list(runner.outcomes(trials))) if collect else runner.run
+    if study.tune:
+        study = study.tuned(best_lr_scales(study, find(list(study.tuning_trials()))))
+    outcomes = find(list(study.trials()))
     if not outcomes:
         raise UserError(f"no run of the study is finished in {out}", fix="leave --collect out to train them")
-    rows = rows_of(study, outcomes)
-    write_atomically(out / "comparison.json", json_of(rows, study.metric))
-    write_atomically(out / "comparison.md", markdown(rows, study.metric) + "\n")
-    page = write_page(out / "comparison.html", study, rows)
-    return json_of(rows, study.metric) if as_json else f"{text(rows, study.metric)}\n\n{page}"
+    tables = Tables.of(study, outcomes)
+    write_atomically(out / "comparison.json", tables.json())
+    write_atomically(out / "comparison.md", tables.markdown() + "\n")
+    page = write_page(out / "comparison.html", tables)
+    return tables.json() if as_json else f"{tables.text()}\n\n{page}"
 
 
 def show_report(run: Path) -> str:

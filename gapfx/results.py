@@ -44,16 +44,16 @@ def write_results(
     summary: dict[str, Any] = {}
     with returning_memory():
         write_model(run.model, job, state)
-        final = _sharded_metrics(job, state) if settings.zero == 3 else {}
+        found = _sharded_metrics(job, state) if settings.zero == 3 else None
     peaks = Peers.all().tell(peak_resident_bytes())  # what other ranks do ends here
     if torch.distributed.get_rank() == 0:
         with returning_memory():
-            final = final or _final_metrics(task, run, job)
+            final, test = found or _final_metrics(task, run, job)
         peaks[0] = peak_resident_bytes()
         peaks = [max(rank) for rank in zip_longest(peaks, run.peaks(), fillvalue=0)]
         summary = {
             **_sparsity_facts(job, state),
-            "metrics": {"final": final, "best": _best(run, final)},
+            "metrics": {"final": final, "best": _best(run, final)} | ({"test": test} if test else {}),
             "seconds": seconds,
             "peak_rss_bytes": max(peaks),
             "peak_rss_bytes_by_rank": peaks,
@@ -68,24 +68,28 @@ def write_results(
     return summary
 
 
-def _final_metrics(task: Task, run: RunDir, job: Job) -> dict[str, float]:
+def _final_metrics(task: Task, run: RunDir, job: Job) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of the plain model with the saved file in it: what somebody who loads the file gets."""
     plain = task.model()
     _load(plain, run.model)
     return _metrics(job, plain.to(local_device()).eval(), Peers())
 
 
-def _sharded_metrics(job: Job, state: TrainState) -> dict[str, float]:
+def _sharded_metrics(job: Job, state: TrainState) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of the state itself, for a model that may be too large for one rank (collective)."""
     with evaluation_module(job.plan, job.module, state, job.live, job.engine) as module:
         return _metrics(job, module, Peers.all())
 
 
-def _metrics(job: Job, module: nn.Module, peers: Peers) -> dict[str, float]:
-    metrics = evaluated(job.evaluate, module, peers, job.should_stop) if job.evaluate else {}
-    if metrics is None:
-        raise Interrupted("stopped in the last evaluation; continue with --resume")
-    return metrics
+def _metrics(job: Job, module: nn.Module, peers: Peers) -> tuple[dict[str, float], dict[str, float]]:
+    """On the validation data and on the test data; empty where the job has none."""
+    found: list[dict[str, float]] = []
+    for evaluate in (job.evaluate, job.test):
+        metrics = evaluated(evaluate, module, peers, job.should_stop) if evaluate else {}
+        if metrics is None:
+            raise Interrupted("stopped in the last evaluation; continue with --resume")
+        found.append(metrics)
+    return found[0], found[1]
 
 
 def _load(module: nn.Module, path: Path) -> None:

@@ -36,6 +36,7 @@ class Settings:
     batch_size: int = 64
     micro_batch: int = 0
     clip: float = 1.0
+    lr_scale: float = 1.0
     state: Literal["reset", "carry"] = "reset"
     regrow_warmup: int = 0
     update_steps: int = 100
@@ -47,6 +48,7 @@ class Settings:
     deepspeed: str = ""
     nproc: int = 1
     seed: int = 0
+    test: bool = False
     log_every: int = 10
     eval_epochs: float = 1.0
     checkpoint_every: int = 0
@@ -98,6 +100,7 @@ _LOWEST: Mapping[str, float] = {
     "batch_size": 1,
     "micro_batch": 0,
     "clip": 0,
+    "lr_scale": 0,
     "regrow_warmup": 0,
     "update_steps": 1,
     "nproc": 1,

@@ -31,7 +31,7 @@ from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, loc
 from gapfx.runtime.evaluation import Evaluate
 from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.grow_prune import check_prunes
-from gapfx.runtime.learning_rate import warmup_cosine
+from gapfx.runtime.learning_rate import scaled, warmup_cosine
 from gapfx.runtime.loop import initial_state, train
 from gapfx.runtime.memory import keep_activations_alone, largest_activation, returning_memory
 from gapfx.runtime.paged import in_files
@@ -271,8 +271,9 @@ def _job(task: Task, settings: Settings, run: RunDir, feed: Feed, compiled: Comp
         engine=engine_options(settings, feed, is_live=bool(live)),
         checkpoints=run.checkpoints,
         live=live,
-        evaluate=make_evaluate(task, settings),
-        lr=task.lr or warmup_cosine,
+        evaluate=make_evaluate(task, settings, "val"),
+        test=make_evaluate(task, settings, "test") if settings.test else None,
+        lr=scaled(task.lr or warmup_cosine, settings.lr_scale),
         pace=Pace(settings.log_every, evaluate_every, settings.checkpoint_every, settings.keep_checkpoints),
         seed=settings.seed,
         regrow_warmup=settings.regrow_warmup,
@@ -297,9 +298,9 @@ def _adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=DEFAULT_LR, fused=True)
 
 
-def make_evaluate(task: Task, settings: Settings) -> Evaluate:
-    """Metrics of a module on the validation data: the task's own, else the mean loss."""
-    data = load_data(task, settings, "val")
+def make_evaluate(task: Task, settings: Settings, split: str) -> Evaluate:
+    """Metrics of a module on `data(split)`: the task's own, else the mean loss."""
+    data = load_data(task, settings, split)
     loader = whole_loader(data, settings.batch_size, task.collate or default_collate)
 
     def evaluate(module: nn.Module, before_batch: Callable[[], object]) -> dict[str, float]:

@@ -140,12 +140,25 @@ def test_windows_tile_the_text_and_predict_the_next_byte(text: Any) -> None:
         windows[3]
 
 
-def test_training_and_validation_text_do_not_overlap(text: Any) -> None:
+def test_the_splits_of_the_text_do_not_overlap(text: Any) -> None:
     content = torch.frombuffer(bytearray(text.read_text()), dtype=torch.uint8)
-    train, val = text.data("train").text, text.data("val").text
-    assert len(val) == text.NUM_VAL_WINDOWS * text.CONTEXT + 1
+    train, val, test = (text.data(split).text for split in ("train", "val", "test"))
+    assert len(val) == len(test) == text.NUM_HELD_OUT_WINDOWS * text.CONTEXT + 1
     assert torch.equal(content[: len(train)], train)
     assert torch.equal(content[len(train) : len(train) + len(val)], val)
+    later = round(0.95 * len(content))
+    assert torch.equal(content[later : later + len(test)], test)
+    assert later >= len(train) + len(val)
+
+
+def test_the_splits_of_the_images_share_none(fashion: Any) -> None:
+    train, val, test = (fashion.data(split).images.flatten(1) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (10_000, 2_000, 3_000)
+    with np.load(fashion.data_folder() / "fashion.npz") as file:
+        assert torch.equal(fashion.data("test").classes, torch.from_numpy(file["val_labels"]).long())
+        held_out = torch.from_numpy(file["train_labels"]).long().view(-1, 6)
+    assert torch.equal(fashion.data("val").classes, held_out[:, 5])
+    assert torch.equal(fashion.data("train").classes, held_out[:, :5].flatten())
 
 
 def test_a_new_text_model_needs_eight_bits_for_a_byte(text: Any) -> None:

@@ -33,9 +33,15 @@ class Costs:
     def given(self, trial: Trial) -> dict[str, Any]:
         """Settings of a run beside those of the task: longer or shorter phases where operations shall be equal."""
         given = self._given(trial.contender, trial.sparsity) | {"seed": trial.seed}
-        if trial.budget == "epochs" or trial.contender.method == CONTROL:
+        if trial.candidate is not None:
+            return given | {"lr_scale": trial.candidate}
+        given |= {"test": True} if self.study.test else {}
+        if trial.budget == "epochs":
             return given
-        scale = self.flops(self._control(), 0.0) / self.flops(trial.contender, trial.sparsity)
+        control = self._control()
+        scale = self.study.flops * self.flops(control, 0.0) / self.flops(trial.contender, trial.sparsity)
+        if scale == 1:
+            return given
         _, settings = self.load(given)
         lengths = {key: getattr(settings, key) * scale for key in ("phase_epochs", "finetune_epochs")}
         return given | lengths

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from gapfx.compare.cost import Costs
-from gapfx.compare.outcomes import FACTS, Outcome, read_outcome
+from gapfx.compare.outcomes import Outcome, outcome_of
+from gapfx.compare.records import Records, record_of
 from gapfx.compare.study import Trial
 from gapfx.errors import Interrupted, UserError
 from gapfx.flops import training_flops
 from gapfx.plan import Plan
-from gapfx.run_dir import RunDir, write_atomically
+from gapfx.run_dir import RunDir
 from gapfx.runtime.stop import stop_on_signal
 
 _POLL_SECONDS = 0.05
@@ -33,7 +34,12 @@ class Runner:
     out: Path
     parallel: int
     tell: Callable[[str], None]
+    _records: Records = field(init=False)
     _running: list[tuple[Trial, subprocess.Popen[str]]] = field(default_factory=list[Any])
+
+    def __post_init__(self) -> None:
+        """See what is there."""
+        self._records = Records.read(self.out)
 
     def run(self, trials: Iterable[Trial]) -> list[Outcome]:
         """Outcomes of all trials; those that are there are taken as they are.
@@ -53,24 +59,23 @@ class Runner:
     def outcomes(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
         """Outcomes of the trials that are finished."""
         for trial in trials:
-            found = read_outcome(trial, self.out / trial.name, self.costs.study.metric)
-            if found is not None:
-                yield found
+            if (record := self._records.found.get(trial.name)) is not None:
+                yield outcome_of(self.costs.study, trial, record)
 
     def _is_there(self, trial: Trial) -> bool:
-        folder = self.out / trial.name
+        folder, record = self.out / trial.name, self._records.found.get(trial.name)
         run = RunDir(folder)
-        if not run.config.is_file():
+        if record is None and not run.config.is_file():
             return False
         _, settings = self.costs.load(self.costs.given(trial))
-        if run.settings() != settings:
+        if not (record.is_of(settings) if record else run.settings() == settings):
             raise UserError(
                 f"{folder} was made with other settings than the study has now",
-                fix="give another --out, or delete that run",
+                fix="give another --out, or delete that run and its line in runs.jsonl",
             )
-        if run.summary.is_file() and not (folder / FACTS).is_file():
-            self._note_cost(trial)
-        return run.summary.is_file()
+        if record is None and run.summary.is_file():
+            self._keep(trial)
+        return trial.name in self._records.found
 
     def _train(self, missing: Iterator[Trial], count: int, should_stop: Callable[[], bool]) -> None:
         done, is_more = 0, True
@@ -113,12 +118,13 @@ class Runner:
                 where=str(self.out / trial.name),
                 fix="mend the task or the study and give the command again: finished runs are kept",
             )
-        self._note_cost(trial)
+        self._keep(trial)
 
-    def _note_cost(self, trial: Trial) -> None:
-        plan = Plan.load(RunDir(self.out / trial.name).plan)
-        facts = {"flops": training_flops(plan, self.costs.forward()), "epochs": self.costs.epochs(plan)}
-        write_atomically(self.out / trial.name / FACTS, json.dumps(facts))
+    def _keep(self, trial: Trial) -> None:
+        run = RunDir(self.out / trial.name)
+        plan, summary = Plan.load(run.plan), json.loads(run.summary.read_text())
+        flops, epochs = training_flops(plan, self.costs.forward()), self.costs.epochs(plan)
+        self._records.add(record_of(trial.name, summary, run.settings(), flops, epochs))
 
     def _stop(self) -> None:
         """Ask the runs to save and end, and wait for them."""

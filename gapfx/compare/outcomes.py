@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
+from gapfx.compare.records import Record
 from gapfx.compare.statistics import Difference, Spread, paired
 from gapfx.compare.study import CONTROL, Budget, Study, Trial
 from gapfx.errors import UserError
 from gapfx.results import LOWER_IS_BETTER
 
-FACTS = "comparison.json"
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run: its metric on the validation data, operations of its training, bytes of its live weights.
+    """One finished run: its metric, operations of its training, bytes of its live weights (see gapfx.compare.records).
 
-    Bytes are those of fp32 values with a bit a planned weight for the masks, and of all that is dense.
+    The metric is that of the test data where the study has some, of the validation data in tuning runs and elsewhere.
     """
 
     trial: Trial
@@ -47,26 +45,60 @@ class Row:
     against: Difference | None
 
 
-def read_outcome(trial: Trial, folder: Path, metric: str) -> Outcome | None:
-    """The outcome of a run that is finished, else None. Raises UserError for a metric that it has not."""
-    summary, facts = folder / "summary.json", folder / FACTS
-    if not summary.is_file() or not facts.is_file():
+def outcome_of(study: Study, trial: Trial, record: Record) -> Outcome:
+    """The outcome of a finished run. Raises UserError for a metric that the task does not give."""
+    metrics = record.test if study.test and trial.candidate is None else record.metrics
+    if study.metric not in metrics:
+        told = ", ".join(metrics) or "none"
+        raise UserError(f"the task gives no metric {study.metric!r}", where=record.name, fix=f"one of {told}")
+    return Outcome(trial, metrics[study.metric], record.flops, record.live_bytes, record.seconds, epochs=record.epochs)
+
+
+def best_lr_scales(study: Study, outcomes: Iterable[Outcome]) -> dict[str, float]:
+    """The factor of the learning rate with the best metric for each contender; of equal ones, that nearest to 1."""
+    sign = -1 if is_lower_better(study.metric) else 1
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for outcome in outcomes:
+        scale = outcome.trial.candidate or 1.0
+        ranked = (sign * outcome.value, -abs(math.log(scale)), scale)
+        found.setdefault(outcome.trial.contender.name, []).append(ranked)
+    return {name: max(each)[2] for name, each in found.items()}
+
+
+@dataclass(frozen=True)
+class Duel:
+    """The study's subject less another contender, over all sparsities and seeds that both have."""
+
+    name: str
+    budget: Budget
+    difference: Difference
+    num_won: int
+
+
+def duels_of(study: Study, outcomes: Iterable[Outcome]) -> list[Duel]:
+    """A duel with each contender but the control, budget by budget; none without a subject."""
+    found = [outcome for outcome in outcomes if outcome.trial.candidate is None]
+    rivals = [c.name for c in study.contenders if c.method != CONTROL and c.name != study.subject]
+    sides = itertools.product(study.budgets, rivals if study.subject else ())
+    return [duel for budget, rival in sides if (duel := _duel(study, found, rival, budget)) is not None]
+
+
+def _duel(study: Study, found: list[Outcome], rival: str, budget: Budget) -> Duel | None:
+    ours, theirs = ({_pair(o): o.value for o in found if _is_of(o, name, budget)} for name in (study.subject, rival))
+    pairs = [(ours[pair], theirs[pair]) for pair in ours if pair in theirs]
+    if not pairs:
         return None
-    told: dict[str, Any] = json.loads(summary.read_text())
-    planned: dict[str, Any] = json.loads(facts.read_text())
-    metrics = told["metrics"]["final"]
-    if metric not in metrics:
-        raise UserError(f"the task gives no metric {metric!r}", where=str(folder), fix=f"one of {', '.join(metrics)}")
-    return Outcome(trial, metrics[metric], planned["flops"], _live_bytes(told), told["seconds"], planned["epochs"])
+    sign = -1 if is_lower_better(study.metric) else 1
+    num_won = sum(sign * (a - b) > 0 for a, b in pairs)
+    return Duel(rival, budget, paired([a for a, _ in pairs], [b for _, b in pairs]), num_won)
 
 
-def _live_bytes(summary: dict[str, Any]) -> float:
-    weights = summary["per_weight"].values()
-    numel = sum(weight["numel"] for weight in weights)
-    zeros = numel - sum(weight["kept"] for weight in weights)
-    if not zeros:
-        return 4.0 * summary["num_parameters"]
-    return 4.0 * (summary["num_parameters"] - zeros) + numel / 8
+def _is_of(outcome: Outcome, name: str, budget: Budget) -> bool:
+    return outcome.trial.contender.name == name and outcome.trial.budget == budget
+
+
+def _pair(outcome: Outcome) -> tuple[float, int]:
+    return outcome.trial.sparsity, outcome.trial.seed
 
 
 def rows_of(study: Study, outcomes: Iterable[Outcome]) -> list[Row]:
@@ -87,11 +119,11 @@ def is_lower_better(metric: str) -> bool:
 
 
 def _row(study: Study, found: list[Outcome], name: str, sparsity: float, budget: Budget) -> Row | None:
-    own = _by_seed(found, name, sparsity, budget)
+    own = _by_seed(study, found, name, sparsity, budget)
     if not own:
         return None
     control = next((c.name for c in study.contenders if c.method == CONTROL), "")
-    theirs = _by_seed(found, control, 0.0, budget)
+    theirs = _by_seed(study, found, control, 0.0, budget)
     both = [seed for seed in own if seed in theirs]
     is_other = name != control and both
     against = paired([own[s].value for s in both], [theirs[s].value for s in both]) if is_other else None
@@ -108,12 +140,16 @@ def _row(study: Study, found: list[Outcome], name: str, sparsity: float, budget:
     )
 
 
-def _by_seed(found: list[Outcome], name: str, sparsity: float, budget: Budget) -> dict[int, Outcome]:
-    """The control is trained once, whatever the budget."""
+def _by_seed(study: Study, found: list[Outcome], name: str, sparsity: float, budget: Budget) -> dict[int, Outcome]:
     return {
         outcome.trial.seed: outcome
         for outcome in found
-        if outcome.trial.contender.name == name
+        if outcome.trial.candidate is None
+        and outcome.trial.contender.name == name
         and outcome.trial.sparsity == sparsity
-        and (outcome.trial.budget == budget or outcome.trial.contender.method == CONTROL)
+        and outcome.trial.budget == (study.control_budget(budget) if _is_control(outcome) else budget)
     }
+
+
+def _is_control(outcome: Outcome) -> bool:
+    return outcome.trial.contender.method == CONTROL

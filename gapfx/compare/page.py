@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from gapfx.compare.outcomes import Row
-from gapfx.compare.study import CONTROL, Study
-from gapfx.compare.table import HEADS, cells, columns
+from gapfx.compare.study import CONTROL, Budget, Study
+from gapfx.compare.table import Lines, Tables
 from gapfx.quantities import format_number
 from gapfx.report.curves import figure
 from gapfx.report.frame import MARKERS, Frame, curve, group_hue, hue_style, marker
@@ -47,9 +47,10 @@ AXES = (
 )
 
 
-def write_page(path: Path, study: Study, rows: Sequence[Row]) -> Path:
+def write_page(path: Path, tables: Tables) -> Path:
     """Write the page and return its path."""
-    sections = [_section(study, budget, rows) for budget in dict.fromkeys(row.budget for row in rows)]
+    study = tables.study
+    sections = [_section(tables, budget) for budget in tables.budgets()]
     head = (
         Markup('<meta charset="utf-8">'),
         tag("title", f"{Path(study.task).stem}: methods compared"),
@@ -64,19 +65,29 @@ def write_page(path: Path, study: Study, rows: Sequence[Row]) -> Path:
 
 
 def _story(study: Study) -> Markup:
-    words = (
-        f"{len(study.contenders)} methods, {len(study.seeds)} seeds. Methods of one seed share initial weights and the "
-        f"order of data. The {study.metric} is that of the validation data after the last step; p is of no difference "
-        f"from the dense run of the same seed, by an exact sign-flip test: {len(study.seeds)} seeds give at least "
-        f"{2 / 2 ** len(study.seeds):.2g}."
-    )
-    return tag("p", words, class_="story")
+    return tag("p", " ".join(story(study)), class_="story")
 
 
-def _section(study: Study, budget: str, rows: Sequence[Row]) -> Markup:
-    own = [row for row in rows if row.budget == budget]
-    charts = [_chart(study, own, axis) for axis in AXES]
-    return tag("section", tag("h2", HEADS[budget]), *charts, _table(own, study.metric), id=budget)
+def story(study: Study) -> Iterator[str]:
+    """How the study was made, in sentences."""
+    yield f"{len(study.contenders)} methods, {len(study.seeds)} seeds. Methods of one seed share initial weights and"
+    yield "the order of data."
+    if tune := study.tune:
+        tried = ", ".join(f"{scale:g}" for scale in tune.lr_scale)
+        yield f"Each method has the best of the task's learning rate times {tried}, by the {study.metric} on the"
+        yield f"validation data of one run at a sparsity of {tune.sparsity:g} with seed {tune.seed}, which counts for"
+        yield "nothing else."
+    data = "test data, which no run sees before its end," if study.test else "validation data after the last step"
+    yield f"The {study.metric} is that of the {data} and p that of no difference from the dense run of the same"
+    yield f"seed, by a sign-flip test: {len(study.seeds)} seeds give at least {2 / 2 ** len(study.seeds):.2g}."
+
+
+def _section(tables: Tables, budget: Budget) -> Markup:
+    (title, lines), *more = tables.of_budget(budget)
+    own = [row for row in tables.rows if row.budget == budget]
+    charts = [_chart(tables.study, own, axis) for axis in AXES]
+    rest = [part for name, found in more for part in (tag("h3", name), _table(found))]
+    return tag("section", tag("h2", title), *charts, _table(lines), *rest, id=budget)
 
 
 def _chart(study: Study, rows: Sequence[Row], axis: Axis) -> Markup:
@@ -117,7 +128,8 @@ def _legend(names: Sequence[str]) -> Markup:
     return tag("ul", join(entries), class_="legend")
 
 
-def _table(rows: Sequence[Row], metric: str) -> Markup:
-    head = tag("tr", *(tag("th", name) for name in columns(metric)))
-    lines = [tag("tr", *(tag("td", cell) for cell in cells(row))) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines)), class_="scroll")
+def _table(lines: Lines) -> Markup:
+    head, *rest = (
+        tag("tr", *(tag("td" if index else "th", cell) for cell in line)) for index, line in enumerate(lines)
+    )
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *rest)), class_="scroll")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,21 @@ from gapfx.schedule import SCHEDULES
 
 Budget = Literal["epochs", "flops"]
 CONTROL = "dense"
-_KEYS = ("task", "entry", "metric", "methods", "sparsities", "seeds", "budgets", "settings", "method")
+_KEYS = (
+    "task",
+    "entry",
+    "metric",
+    "methods",
+    "sparsities",
+    "seeds",
+    "budgets",
+    "flops",
+    "test",
+    "subject",
+    "tune",
+    "settings",
+    "method",
+)
 
 
 @dataclass(frozen=True)
@@ -28,22 +43,38 @@ class Contender:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. The control has sparsity 0."""
+    """One run. The control has sparsity 0; `candidate` is the factor of the learning rate that a tuning run tries."""
 
     contender: Contender
     sparsity: float
     seed: int
     budget: Budget
+    candidate: float | None = None
 
     @property
     def name(self) -> str:
         """Name of its run directory."""
-        return f"{self.contender.name}-{self.sparsity:g}-{self.seed}-{self.budget}"
+        last = self.budget if self.candidate is None else f"lr{self.candidate:g}"
+        return f"{self.contender.name}-{self.sparsity:g}-{self.seed}-{last}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Learning rates that every contender tries, at one sparsity, with a seed that the study itself does not use."""
+
+    lr_scale: tuple[float, ...]
+    sparsity: float
+    seed: int
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the file says. `settings` are those of every run; `metric` is one of the task's evaluate()."""
+    """What the file says. `settings` are those of every run; `metric` is one of the task's evaluate().
+
+    `flops` is the share of the control's operations at equal epochs that each run gets at equal operations. With
+    `test` runs are judged on `data("test")`, which each of them sees once, at its end. `subject` is a contender that
+    all others are held against. `tune` says how each contender gets its learning rate.
+    """
 
     task: str
     metric: str
@@ -52,15 +83,38 @@ class Study:
     seeds: tuple[int, ...]
     budgets: tuple[Budget, ...] = ("epochs", "flops")
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    flops: float = 1.0
+    test: bool = False
+    subject: str = ""
+    tune: Tuning | None = None
 
     def trials(self) -> Iterator[Trial]:
-        """Every run, seed by seed; the control once a seed, as it sets the budget of the others."""
+        """Every run, seed by seed; the control once a seed where its operations are the budget of the others."""
         for seed, budget in itertools.product(self.seeds, self.budgets):
             for contender in self.contenders:
                 if contender.method != CONTROL:
                     yield from (Trial(contender, sparsity, seed, budget) for sparsity in self.sparsities)
-                elif budget == self.budgets[0]:
+                elif self.control_budget(budget) == budget:
                     yield Trial(contender, 0.0, seed, budget)
+
+    def control_budget(self, budget: Budget) -> Budget:
+        """Under which budget the control that stands beside runs of this one was trained."""
+        return self.budgets[0] if self.flops == 1 else budget
+
+    def tuning_trials(self) -> Iterator[Trial]:
+        """The runs that choose learning rates, judged on the validation data."""
+        tune = self.tune
+        for contender, lr_scale in itertools.product(self.contenders, tune.lr_scale if tune else ()):
+            assert tune is not None
+            sparsity = 0.0 if contender.method == CONTROL else tune.sparsity
+            yield Trial(contender, sparsity, tune.seed, "epochs", lr_scale)
+
+    def tuned(self, lr_scale: Mapping[str, float]) -> Study:
+        """The study with a factor of the learning rate for each contender, by name."""
+        chosen = (
+            dataclasses.replace(c, settings={**c.settings, "lr_scale": lr_scale[c.name]}) for c in self.contenders
+        )
+        return dataclasses.replace(self, contenders=tuple(chosen))
 
 
 def read_study(path: Path) -> Study:
@@ -86,6 +140,10 @@ def read_study(path: Path) -> Study:
         seeds=tuple(_list(facts, "seeds", int, where)),
         budgets=cast(tuple[Budget, ...], tuple(facts.get("budgets", get_args(Budget)))),
         settings=_table(facts, "settings", path),
+        flops=_number(facts.get("flops", 1.0), "flops", where),
+        test=_flag(facts.get("test", False), "test", where),
+        subject=_text(facts, "subject", where) if "subject" in facts else "",
+        tune=_tuning(_table(facts, "tune", path), where) if "tune" in facts else None,
     )
     _check(study, where)
     return study
@@ -100,21 +158,53 @@ def _contender(name: str, own: object, where: str) -> Contender:
     return Contender(name, method, settings)
 
 
+def _tuning(facts: Mapping[str, Any], where: str) -> Tuning:
+    if set(facts) != {"lr_scale", "sparsity", "seed"}:
+        raise UserError(
+            f"[tune] holds {', '.join(sorted(facts)) or 'nothing'}",
+            where=where,
+            fix="write lr_scale = [0.5, 1, 2], sparsity = 0.9 and seed = 100",
+        )
+    scales = tuple(_number(scale, "tune.lr_scale", where) for scale in _list(facts, "lr_scale", (int, float), where))
+    return Tuning(scales, _number(facts["sparsity"], "tune.sparsity", where), int(facts["seed"]))
+
+
 def _check(study: Study, where: str) -> None:
     wrong = [budget for budget in study.budgets if budget not in get_args(Budget)]
     if wrong or not study.budgets:
         raise UserError(f"budgets are {list(study.budgets)}", where=where, fix='give some of "epochs", "flops"')
-    if any(not 0 < sparsity < 1 for sparsity in study.sparsities):
+    tune = study.tune
+    if any(not 0 < sparsity < 1 for sparsity in (*study.sparsities, *([tune.sparsity] if tune else []))):
         raise UserError(f"sparsities are {list(study.sparsities)}", where=where, fix="each is in (0, 1), such as 0.9")
-    for key, values in (("methods", study.contenders), ("seeds", study.seeds), ("sparsities", study.sparsities)):
+    lists = {"methods": study.contenders, "seeds": study.seeds, "sparsities": study.sparsities}
+    lists |= {"tune.lr_scale": tune.lr_scale} if tune else {}
+    for key, values in lists.items():
         if len(set(map(repr, values))) < len(values) or not values:
             raise UserError(f"{key} are empty or name one twice", where=where, fix="name each once")
+    if tune and tune.seed in study.seeds:
+        raise UserError(
+            f"tune.seed {tune.seed} is one of the study's", where=where, fix="tune with a seed of its own, such as 100"
+        )
+    if study.subject and study.subject not in [contender.name for contender in study.contenders]:
+        raise UserError(f"the subject {study.subject!r} is not in methods", where=where, fix="name one of methods")
     if "flops" in study.budgets and not any(contender.method == CONTROL for contender in study.contenders):
         raise UserError(
-            "equal operations are those of the method dense, which is missing",
+            "equal operations are a share of those of the method dense, which is missing",
             where=where,
             fix='add "dense" to methods, or give budgets = ["epochs"]',
         )
+
+
+def _number(value: object, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"{key} is {value!r}", where=where, fix="give a number above 0")
+    return float(value)
+
+
+def _flag(value: object, key: str, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{key} is {value!r}", where=where, fix="give true or false")
+    return value
 
 
 def _text(facts: Mapping[str, Any], key: str, where: str) -> str:

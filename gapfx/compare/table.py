@@ -1,15 +1,18 @@
-"""The rows of a comparison as text, Markdown or JSON."""
+"""What a study has found as tables: text, Markdown or JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from gapfx.compare.outcomes import Row
+from gapfx.compare.outcomes import Duel, Outcome, Row, duels_of, rows_of
+from gapfx.compare.study import Budget, Study
 from gapfx.quantities import format_bytes, format_count
 
-HEADS = {
+HEADS: dict[Budget, str] = {
     "epochs": "At equal epochs",
     "flops": "At equal operations of training, counted for the sparse form",
 }
@@ -26,38 +29,74 @@ _COLUMNS = (
     "live bytes",
     "seconds",
 )
+_DUEL_COLUMNS = ("method", "pairs", "difference", "won", "p")
+Lines = Sequence[Sequence[str]]
 
 
-def markdown(rows: Sequence[Row], metric: str) -> str:
-    """One table a budget. `p` is of no difference from the dense run of the same seed (exact sign-flip test)."""
-    parts: list[str] = []
-    for budget in dict.fromkeys(row.budget for row in rows):
-        found = [cells(row) for row in rows if row.budget == budget]
-        head = columns(metric)
-        lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *found)]
-        parts.append("\n".join([f"**{HEADS[budget]}**", "", *lines]))
-    return "\n\n".join(parts)
+@dataclass(frozen=True)
+class Tables:
+    """A table of rows a budget, and one of the study's subject against each other contender where it has a subject."""
+
+    study: Study
+    rows: Sequence[Row]
+    duels: Sequence[Duel]
+
+    @staticmethod
+    def of(study: Study, outcomes: Sequence[Outcome]) -> Tables:
+        """What the finished runs came to."""
+        return Tables(study, rows_of(study, outcomes), duels_of(study, outcomes))
+
+    def budgets(self) -> list[Budget]:
+        """Those that there are rows of."""
+        return list(dict.fromkeys(row.budget for row in self.rows))
+
+    def of_budget(self, budget: Budget) -> list[tuple[str, Lines]]:
+        """The tables of a budget, each with its title and its head line first."""
+        found: list[tuple[str, Lines]] = [
+            (HEADS[budget], [self.columns(), *(cells(row) for row in self.rows if row.budget == budget)])
+        ]
+        duels = [_duel_cells(duel) for duel in self.duels if duel.budget == budget]
+        title = f"{self.study.subject} less each other method, over all sparsities and seeds that both have"
+        return [*found, *([(title, [_DUEL_COLUMNS, *duels])] if duels else [])]
+
+    def columns(self) -> list[str]:
+        """Names of the columns of the rows."""
+        return [f"{self.study.metric}, mean" if name == "mean" else name for name in _COLUMNS]
+
+    def markdown(self) -> str:
+        """`p` is of no difference between runs of the same seed (sign-flip test)."""
+        return "\n\n".join(_markdown(title, lines) for title, lines in self._all())
+
+    def text(self) -> str:
+        """The same in columns for a terminal."""
+        return "\n\n".join(_text(title, lines) for title, lines in self._all())
+
+    def json(self) -> str:
+        """All numbers."""
+        rows, duels = ([dataclasses.asdict(each) for each in found] for found in (self.rows, self.duels))
+        chosen = {c.name: c.settings["lr_scale"] for c in self.study.contenders if self.study.tune}
+        return json.dumps({"metric": self.study.metric, "lr_scale": chosen, "rows": rows, "duels": duels}, indent=1)
+
+    def _all(self) -> list[tuple[str, Lines]]:
+        return list(itertools.chain.from_iterable(self.of_budget(budget) for budget in self.budgets()))
 
 
-def text(rows: Sequence[Row], metric: str) -> str:
-    """The same in columns for a terminal."""
-    parts: list[str] = []
-    for budget in dict.fromkeys(row.budget for row in rows):
-        found = [columns(metric), *(cells(row) for row in rows if row.budget == budget)]
-        widths = [max(len(line[column]) for line in found) for column in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in found]
-        parts.append("\n".join([f"{HEADS[budget]}:", *(line.rstrip() for line in lines)]))
-    return "\n\n".join(parts)
+def _markdown(title: str, lines: Lines) -> str:
+    head, *rest = lines
+    table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest)]
+    return "\n".join([f"**{title}**", "", *table])
 
 
-def as_json(rows: Sequence[Row], metric: str) -> str:
-    """All numbers."""
-    return json.dumps({"metric": metric, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+def _text(title: str, lines: Lines) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([f"{title}:", *(row.rstrip() for row in rows)])
 
 
-def columns(metric: str) -> list[str]:
-    """Names of the columns."""
-    return [f"{metric}, mean" if name == "mean" else name for name in _COLUMNS]
+def _duel_cells(duel: Duel) -> list[str]:
+    found = duel.difference
+    pairs = found.num_pairs
+    return [duel.name, str(pairs), f"{found.mean:+.4f}", f"{duel.num_won} of {pairs}", f"{found.p:.3f}"]
 
 
 def cells(row: Row) -> list[str]:

@@ -19,6 +19,11 @@ def warmup_cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
+def scaled(factor: LrFactor, scale: float) -> LrFactor:
+    """The factor times `scale`, at every step."""
+    return lambda step, num_steps: scale * factor(step, num_steps)
+
+
 def factor_at(step: int, phase: Phase, num_steps: int, factor: LrFactor) -> float:
     """The factor of a run's `step`: from the phase's own start where it restarts, else over the whole run."""
     if phase.lr == "restart":

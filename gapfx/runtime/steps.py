@@ -47,6 +47,7 @@ class Pace:
 class Job:
     """What to train and how. `live` are the weights of which engines hold live values alone.
 
+    `evaluate` gives metrics on the validation data, `test` on the test data, which is asked once, at the run's end.
     `regrow_warmup` is the length in steps of the warm-up of new weights (see gapfx.runtime.regrow), 0 for none. `emit`
     receives events on every rank; `should_stop` is asked after every step, between the micro-batches of long steps, and
     before every batch of an evaluation.
@@ -61,6 +62,7 @@ class Job:
     checkpoints: Path
     live: frozenset[str] = frozenset()
     evaluate: Evaluate | None = None
+    test: Evaluate | None = None
     lr: LrFactor = warmup_cosine
     pace: Pace = field(default_factory=Pace)
     seed: int = 0

@@ -84,11 +84,41 @@ def test_the_page_and_the_table_name_every_row(finished: Path) -> None:
 
 def test_finished_runs_are_taken_as_they_are(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {path: path.stat().st_mtime_ns for path in (copied / "runs").rglob("summary.json")}
-    (copied / "runs" / "gap-0.8-1-flops" / "comparison.json").unlink()
+    records = copied / "runs" / "runs.jsonl"
+    kept = [line for line in records.read_text().splitlines() if "gap-0.8-1-flops" not in line]
+    records.write_text("".join(f"{line}\n" for line in kept))
     assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 0
     assert {path: path.stat().st_mtime_ns for path in (copied / "runs").rglob("summary.json")} == times
     assert "gap-0.8-0-epochs" not in capsys.readouterr().err
     assert len(rows(copied)["gap", "flops"]["value"]["values"]) == 2
+
+
+def test_the_records_are_enough_for_the_tables(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("study.toml", "runs/runs.jsonl"):
+        shutil.copy(finished / name, tmp_path / name)
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs") == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        *("comparison.html", "comparison.json", "comparison.md", "runs.jsonl")
+    ]
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_learning_rates_are_tuned_on_the_validation_data_and_runs_judged_on_the_test_data(tmp_path: Path) -> None:
+    tuned = STUDY.replace("seeds = [0, 1]", 'seeds = [0]\nbudgets = ["epochs"]\ntest = true')
+    (tmp_path / "study.toml").write_text(f"{tuned}\n[tune]\nlr_scale = [0.001, 1]\nsparsity = 0.8\nseed = 9\n")
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs", "--parallel", 2) == 0
+    records = {r["name"]: r for r in map(json.loads, (tmp_path / "runs" / "runs.jsonl").read_text().splitlines())}
+    assert {name for name, record in records.items() if record["test"]} == {"dense-0-0-epochs", "gap-0.8-0-epochs"}
+    assert {name: r["settings"]["lr_scale"] for name, r in records.items()} == {
+        "dense-0-9-lr0.001": 0.001,
+        "dense-0-9-lr1": 1.0,
+        "gap-0.8-9-lr0.001": 0.001,
+        "gap-0.8-9-lr1": 1.0,
+        "dense-0-0-epochs": 1.0,
+        "gap-0.8-0-epochs": 1.0,
+    }
+    assert rows(tmp_path)["gap", "epochs"]["value"]["values"] == [records["gap-0.8-0-epochs"]["test"]["accuracy"]]
 
 
 def test_runs_of_other_settings_are_not_mixed_in(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
