@@ -86,8 +86,8 @@ class GPT(nn.Module):
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary positions (Su et al., 2021): pairs of features of x [B, H, T, D] turned by angles [T, D / 2]."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), -1)
+    (a, b), cos, sin = x.chunk(2, -1), angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class Windows(Dataset[Batch]):

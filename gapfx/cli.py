@@ -50,7 +50,9 @@ AllocationOption = Annotated[
 ]
 Dense = Annotated[list[str] | None, typer.Option(help="Weights that stay dense: globs, or first, or last.")]
 PruneEmbeddings = Annotated[bool | None, typer.Option(help="Prune embeddings too.")]
-Method = Annotated[str | None, typer.Option(help="gap, pgap, rgap, acdc, gmp, oneshot, set, rigl, static or dense.")]
+Method = Annotated[
+    str | None, typer.Option(help="gap, pgap, rgap, acdc, gmp, oneshot, imp, set, rigl, st3, snip, static or dense.")
+]
 Replicas = Annotated[int | None, typer.Option(help="Models that pgap trains side by side; one a group by default.")]
 Rounds = Annotated[int | None, typer.Option(help="Turns over all groups.")]
 PhaseEpochs = Annotated[float | None, typer.Option(help="Epochs for which a group is dense.")]
@@ -86,7 +88,7 @@ def sparsify(
     group: GroupGlobs = None,
     pattern: PatternOption = None,
     allocation: AllocationOption = None,
-    criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude or random.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude, snip or random.")] = None,
     dense: Dense = None,
     prune_embeddings: PruneEmbeddings = None,
     replicas: Replicas = None,
@@ -100,6 +102,12 @@ def sparsify(
     clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
     lr_scale: Annotated[float | None, typer.Option(help="Factor of the learning rate of the whole run.")] = None,
     state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
+    phase_lr: Annotated[
+        str | None, typer.Option(help="Learning rate at a new phase of gap, pgap and oneshot: restart or continue.")
+    ] = None,
+    growth: Annotated[
+        str | None, typer.Option(help="What grown weights start from: zero, or saved, the values before their prune.")
+    ] = None,
     regrow_warmup: Annotated[
         int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
     ] = None,

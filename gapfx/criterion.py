@@ -5,6 +5,8 @@ A criterion is a function `scores(weight, generator) -> score` of the weight's s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -52,6 +54,35 @@ def ordinal(criterion: Criterion) -> Criterion:
 def is_ordinal(criterion: Criterion) -> bool:
     """Whether the criterion was marked so."""
     return criterion in _ORDINAL
+
+
+@dataclass(frozen=True)
+class ByGradient:
+    """A criterion that scores elements by their gradient too: `score(weight, gradient)`, element by element.
+
+    Gradients are those of the loss on one batch, taken as if every weight were dense (see gapfx.runtime.gradients).
+    """
+
+    score: Callable[[Tensor, Tensor], Tensor]
+
+    def given(self, gradient: Tensor) -> Criterion:
+        """The criterion for a weight of that gradient; both may be a slice."""
+
+        def scores(weight: Tensor, generator: torch.Generator) -> Tensor:
+            return self.score(weight.detach(), gradient)
+
+        return elementwise(scores)
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Raise TypeError: there is no score without a gradient."""
+        raise TypeError("this criterion needs a gradient: use given(gradient)")
+
+
+@CRITERIA.register("snip")
+@ByGradient
+def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w dL/dw|, the connection sensitivity of SNIP (Lee et al., ICLR 2019, equation 4, whose sum orders nothing)."""
+    return (weight * gradient).abs()
 
 
 @CRITERIA.register("magnitude")

@@ -17,8 +17,8 @@ from gapfx.plan import Phase, Plan
 Formula = Callable[..., int]
 # Attention on the CPU, which torch's own table leaves out.
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-# The gradients of both operands of a product take as many operations again, each.
-STEP_OVER_FORWARD = 3
+# Of the target sparsity, what forwards of a phase see that softens: the mean of a cubic, or all of it.
+_SEEN_DEPTH = {"ramp": 3 / 4, "hold": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def training_flops(plan: Plan, forward: ForwardFlops) -> float:
     """Operations of all steps of the plan on such batches, products with masked weights taken by their live share.
 
     An update of masks by gradients costs a forward and a backward of which the gradient of the weights is dense, as
-    RigL's paper counts it (Evci et al., 2020, appendix H).
+    RigL's paper counts it (Evci et al., 2020, appendix H). The gradients of both operands of a product take as many
+    operations as the product, each. Where a phase softens weights, the gradient of the weights is dense too.
     """
     dense = forward.total
     rest = dense - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())
@@ -48,10 +49,20 @@ def training_flops(plan: Plan, forward: ForwardFlops) -> float:
     total = 0.0
     for phase, replicas in live_shares(plan):
         for shares in replicas:
-            sparse = rest + sum(f * s for f, s in zip(of_group, shares, strict=True))
-            total += STEP_OVER_FORWARD * phase.num_steps * sparse
+            seen = _seen(plan, phase, shares)
+            sparse, of_weights = (rest + sum(f * s for f, s in zip(of_group, s, strict=True)) for s in (seen, shares))
+            total += phase.num_steps * (2 * sparse + of_weights)
             total += 2 * sparse + dense if phase.drop and phase.regrow == "gradient" else 0
     return total
+
+
+def _seen(plan: Plan, phase: Phase, shares: list[float]) -> list[float]:
+    """Share of each group that forwards see: less than is live where the phase softens it."""
+    depth = _SEEN_DEPTH.get(phase.soften, 0.0)
+    return [
+        1 - depth * (1 - _live_share(plan, group)) if group in phase.grow and depth else share
+        for group, share in enumerate(shares)
+    ]
 
 
 def live_shares(plan: Plan) -> Iterator[tuple[Phase, list[list[float]]]]:

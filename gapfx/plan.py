@@ -8,19 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Literal
 
 from gapfx.errors import PlanError
+from gapfx.typed_json import parse
 
 SCHEMA_VERSION = 1
 
 StateRule = Literal["reset", "carry"]
 LrRule = Literal["restart", "continue"]
 RegrowRule = Literal["random", "gradient"]
+GrowthRule = Literal["zero", "saved"]
+SoftenRule = Literal["no", "ramp", "hold"]
 Form = Literal["forward", "read", "in-place"]
 Kernel = Literal["expand", "sparse"]
 
@@ -98,6 +100,11 @@ class Phase:
     Before the first step each weight that does not grow drops the `drop` share of its live values that are smallest in
     magnitude, and as many masked ones become live at 0: drawn at random, or those with the largest gradient of the
     first step's batch.
+
+    Weights that grow start at 0, or, where `growth` says so, at the values that their last prune has taken. With `keep`
+    all weights are kept aside after the last step, before the prune; with `rewind` they go back to that before the
+    first. `soften` lets forwards see the weights of grown groups through a soft threshold, straight through to their
+    gradients: at a sparsity that rises to the target over the phase, or at the target (see gapfx.runtime.soften).
     """
 
     name: str
@@ -112,6 +119,10 @@ class Phase:
     depth: float = 1.0
     drop: float = 0.0
     regrow: RegrowRule = "random"
+    growth: GrowthRule = "zero"
+    keep: bool = False
+    rewind: bool = False
+    soften: SoftenRule = "no"
 
     def grown_by(self, replica: int) -> tuple[int, ...]:
         """Groups that become dense in one replica."""
@@ -200,7 +211,7 @@ class Plan:
     def from_json(text: str, *, source: str = "the plan") -> Plan:
         """Parse and validate a plan. Raises PlanError that names the place in `source`."""
         try:
-            plan: Plan = _parse(Plan, json.loads(text), source)
+            plan: Plan = parse(Plan, json.loads(text), source)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON: {error}", fix="write it again with `gapfx plan --json`") from error
         plan.validate(source=source)
@@ -300,49 +311,23 @@ def _check_phases(plan: Plan, source: str) -> None:
                 where=where,
                 fix="drop is a share in [0, 1), and 0 with more than one replica",
             )
+        if phase.replicas > 1 and (phase.growth, phase.keep, phase.rewind, phase.soften) != (
+            "zero",
+            False,
+            False,
+            "no",
+        ):
+            raise PlanError(
+                "replicas cannot keep weights aside, take them back or soften them",
+                where=where,
+                fix='with more than one replica growth is "zero", soften "no", keep and rewind false',
+            )
+        if phase.rewind and not any(earlier.keep for earlier in plan.phases[:index]):
+            raise PlanError("no weights were kept aside to go back to", where=where, fix="set keep in an earlier phase")
         wrong = [group for group in (*phase.grow, *phase.prune) if not 0 <= group < len(plan.groups)]
         if wrong:
             raise PlanError(f"group {wrong[0]} does not exist", where=where, fix=f"there are {len(plan.groups)} groups")
         step = phase.stop
-
-
-def _parse(kind: Any, data: Any, where: str) -> Any:
-    """JSON value -> the dataclass or plain type `kind`, with the path of the first mismatch in the error."""
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(cast(type, kind), data, where)
-    origin, args = getattr(kind, "__origin__", None), get_args(kind)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise PlanError(f"expected a list, got {data!r:.60}", where=where)
-        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(cast(list[Any], data)))
-    if origin is Literal:
-        if data not in args:
-            raise PlanError(f"{data!r:.60} is not one of {', '.join(map(str, args))}", where=where)
-        return data
-    is_number = isinstance(data, (int, float)) and not isinstance(data, bool)
-    if kind is float and is_number and abs(data) <= sys.float_info.max:  # false for NaN, Infinity and 10**400
-        return float(data)
-    if kind in (int, str) and isinstance(data, kind) and not isinstance(data, bool):
-        return data
-    raise PlanError(f"expected {getattr(kind, '__name__', kind)}, got {data!r:.60}", where=where)
-
-
-def _parse_dataclass(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise PlanError(f"expected an object with the fields of a {kind.__name__}, got {data!r:.60}", where=where)
-    values, hints = cast(dict[str, Any], data), get_type_hints(kind)
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        raise PlanError(f"unknown field {unknown[0]!r}", where=where, fix=f"known: {', '.join(hints)}")
-    fields = dataclasses.fields(kind)
-    missing = [
-        f.name
-        for f in fields
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise PlanError(f"the field {missing[0]!r} is missing", where=where)
-    return kind(**{name: _parse(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _is_below(fqn: str, module: str) -> bool:

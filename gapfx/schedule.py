@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gapfx.errors import UserError
-from gapfx.plan import Phase, Plan, RegrowRule, StateRule
+from gapfx.plan import GrowthRule, LrRule, Phase, Plan, RegrowRule, StateRule
 from gapfx.registry import Registry
 
 
@@ -22,9 +22,10 @@ from gapfx.registry import Registry
 class Budget:
     """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
 
-    `state` says what happens to the optimizer state where a growing phase begins; `replicas` is the number of models
-    that `pgap` trains side by side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and
-    `rigl`, whose phases those are; `seed` draws what a schedule draws.
+    `state` and `lr` say what happens to the optimizer state and the learning rate where a growing phase begins, and
+    `growth` what weights start from that grow again; `replicas` is the number of models that `pgap` trains side by
+    side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and `rigl`, whose phases those
+    are; `seed` draws what a schedule draws; `sparsity` is the target of the whole plan.
     """
 
     rounds: int
@@ -34,6 +35,9 @@ class Budget:
     replicas: int = 0
     update_steps: int = 100
     seed: int = 0
+    growth: GrowthRule = "zero"
+    lr: LrRule = "restart"
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
             prune=(group,),
             round=turn,
             state=budget.state,
+            lr=budget.lr,
+            growth=budget.growth,
         )
         for index, (turn, group) in enumerate(turns)
     ]
@@ -93,6 +99,8 @@ def pgap(budget: Budget, num_groups: int) -> Schedule:
     All groups start sparse. A round visits every group in as many phases as the replicas need turns.
     """
     replicas = budget.replicas or num_groups
+    if budget.growth != "zero" and replicas > 1:
+        raise UserError("weights of pgap grow from zero", fix="take out --growth saved, or take --method gap")
     if not 1 <= replicas <= num_groups:
         raise UserError(
             f"{replicas} replicas are more than the {num_groups} groups",
@@ -109,6 +117,8 @@ def pgap(budget: Budget, num_groups: int) -> Schedule:
             prune=share,
             round=turn,
             state=budget.state,
+            lr=budget.lr,
+            growth=budget.growth if len(share) == 1 else "zero",
             replicas=len(share),
         )
         for index, (turn, share) in enumerate(turns)
@@ -158,6 +168,7 @@ def acdc(budget: Budget, num_groups: int) -> Schedule:
             round=index // 2,
             state="carry" if index % 2 else budget.state,
             lr="continue",
+            growth=budget.growth,
         )
         for index in range(count)
     ]
@@ -188,6 +199,67 @@ def gmp(budget: Budget, num_groups: int) -> Schedule:
         for index in range(count)
     ]
     return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
+
+
+@SCHEDULES.register("imp")
+def imp(budget: Budget, num_groups: int) -> Schedule:
+    """Iterative magnitude pruning with late rewinding (Frankle et al., ICML 2020): the search for lottery tickets.
+
+    After a tenth of the first training all weights are kept. Each training ends with a prune of the same share of what
+    is live, all weights go back to those kept, and what was not pruned is trained again, with its own learning rate.
+    """
+    everything, count, length = tuple(range(num_groups)), budget.rounds * num_groups, budget.phase_steps
+    if not budget.finetune_steps:
+        raise UserError("imp needs a training after its last prune", fix="give --finetune-epochs above 0")
+    early = max(1, length // 10)
+    phases = [
+        Phase(
+            f"training {index + 1}",
+            start=index * length if index else early,
+            stop=(index + 1) * length,
+            grow=() if index else everything,
+            prune=everything,
+            round=index,
+            rewind=index > 0,
+            state="reset" if index else "carry",
+            depth=_imp_depth(budget.sparsity, (index + 1) / count),
+        )
+        for index in range(count)
+    ]
+    first = Phase("early weights", 0, early, everything, keep=True)
+    if early == length:
+        first, phases = dataclasses.replace(phases[0], start=0, keep=True, state="reset"), phases[1:]
+    last = Phase("last training", count * length, count * length + budget.finetune_steps, round=count, rewind=True)
+    return Schedule((first, *phases, last))
+
+
+def _imp_depth(sparsity: float, share: float) -> float:
+    """Depth at which a share of all prunes is done, of which each takes the same share of what is live."""
+    return (1 - (1 - sparsity) ** share) / sparsity if sparsity and share < 1 else 1.0
+
+
+@SCHEDULES.register("st3")
+def st3(budget: Budget, num_groups: int) -> Schedule:
+    """ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023): soft thresholds, straight through to the gradients.
+
+    Weights are dense all the time, and what forwards see of them ever sparser, along the same cubic as in `gmp`; then
+    at the target, until the end, where they are what was seen. One learning rate and one optimizer state for all of it.
+    """
+    everything, stop = tuple(range(num_groups)), _growing_steps(budget, num_groups)
+    ramp = Phase("softened further and further", 0, stop, everything, state="carry", lr="continue", soften="ramp")
+    if not budget.finetune_steps:
+        return Schedule((dataclasses.replace(ramp, prune=everything),))
+    hold = dataclasses.replace(ramp, name="softened", start=stop, stop=stop + budget.finetune_steps, soften="hold")
+    return Schedule((ramp, dataclasses.replace(hold, prune=everything)))
+
+
+@SCHEDULES.register("snip")
+def snip(budget: Budget, num_groups: int) -> Schedule:
+    """SNIP (Lee et al., ICLR 2019): the weights that matter most to the loss of the first batch, and no others.
+
+    The paper's one threshold over all layers is `--groups 1 --allocation global`.
+    """
+    return dataclasses.replace(static(budget, num_groups), start_masks="snip")
 
 
 @SCHEDULES.register("set")
@@ -242,7 +314,7 @@ def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
             f"{budget.finetune_steps} steps of fine-tuning",
             fix="--rounds, --phase-epochs and --update-steps must be positive, --finetune-epochs zero or more",
         )
-    schedule = maker(budget, len(plan.groups))
+    schedule = maker(dataclasses.replace(budget, sparsity=plan.sparsity), len(plan.groups))
     return dataclasses.replace(plan, method=method, phases=schedule.phases, start_masks=schedule.start_masks)
 
 
@@ -265,7 +337,8 @@ def _total_steps(budget: Budget, num_groups: int) -> int:
 def _finetune(budget: Budget, start: int) -> tuple[Phase, ...]:
     if not budget.finetune_steps:
         return ()
-    return (Phase("fine-tune", start, start + budget.finetune_steps, round=budget.rounds, state=budget.state),)
+    stop = start + budget.finetune_steps
+    return (Phase("fine-tune", start, stop, round=budget.rounds, state=budget.state, lr=budget.lr),)
 
 
 def _carried(phases: Iterable[Phase]) -> Iterator[Phase]:

@@ -39,6 +39,8 @@ class Settings:
     lr_scale: float = 1.0
     state: Literal["reset", "carry"] = "reset"
     regrow_warmup: int = 0
+    phase_lr: Literal["restart", "continue"] = "restart"
+    growth: Literal["zero", "saved"] = "zero"
     update_steps: int = 100
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1

@@ -228,6 +228,9 @@ def _phase_row(plan: Plan, index: int, phase: Phase, kept: float) -> list[str]:
     prune += f" to {phase.depth:.1%} of target" if phase.depth < 1 else ""
     if phase.drop:
         grow = f"{'' if grow == '-' else f'{grow}, '}{phase.drop:.1%} dropped, regrown: {phase.regrow}"
+    grow += ", to saved values" * (phase.growth == "saved") + ", kept aside at the end" * phase.keep
+    grow = "all weights rewound" if phase.rewind else grow
+    grow += {"no": "", "ramp": ", softened ever more", "hold": ", softened"}[phase.soften]
     return [str(index), phase.name, str(phase.round), steps, grow, prune, phase.state, phase.lr, _share(kept)]
 
 

@@ -39,6 +39,7 @@ from gapfx.runtime.ranks import Peers, on_rank_0, told_by_rank_0
 from gapfx.runtime.rendezvous import is_restarted
 from gapfx.runtime.seeds import seed_everything
 from gapfx.runtime.skeleton import hollow, skeleton_of
+from gapfx.runtime.soften import check_softening
 from gapfx.runtime.steps import Job, Pace
 from gapfx.runtime.stop import stop_on_signal
 from gapfx.schedule import Budget, with_schedule
@@ -90,6 +91,7 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
         compiled = compile_task(task, asked, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
     check_prunes(plan)
+    check_softening(plan, settings.zero)
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     optimizer_for(job.module, job.optimizer, job.engine)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
@@ -252,7 +254,7 @@ def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
         return plan
     epochs = settings.phase_epochs, settings.finetune_epochs
     phase_steps, finetune_steps = (round(number * feed.steps_per_epoch) for number in epochs)
-    fixed = settings.state, settings.replicas, settings.update_steps, settings.seed
+    fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
     budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed)
     return with_schedule(plan, settings.method, budget)
 

@@ -86,6 +86,12 @@ def test_a_training_costs_three_forwards_a_step_at_its_live_share(method: str, s
     assert training_flops(plan_of(method), forward) == pytest.approx(3 * 80 * (100 + 900 * share))
 
 
+def test_a_softened_training_has_sparse_forwards_and_dense_gradients_of_the_weights() -> None:
+    forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
+    ramp, hold = 100 + 900 * (1 - 0.9 * 3 / 4), 100 + 900 * 0.1
+    assert training_flops(plan_of("st3"), forward) == pytest.approx(60 * (2 * ramp + 1000) + 20 * (2 * hold + 1000))
+
+
 def test_an_update_by_gradients_costs_a_dense_gradient_more() -> None:
     forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
     random, steepest = (

@@ -77,6 +77,8 @@ def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order
         ("gmp", [(0, 1), (), ()], [(0, 1), (0, 1), ()]),
         ("set", [()], [()]),
         ("rigl", [()], [()]),
+        ("imp", [(0, 1), (0, 1), (), ()], [(), (0, 1), (0, 1), ()]),
+        ("st3", [(0, 1), (0, 1)], [(), (0, 1)]),
     ],
 )
 def test_each_method_grows_and_prunes_as_it_says(
@@ -146,6 +148,56 @@ def test_rigl_drops_along_a_cosine_and_rests_for_the_last_quarter() -> None:
     assert (phases[-1].start, phases[-1].stop) == (700, 1000)
 
 
+@given(BUDGETS, st.integers(1, 6), st.floats(0.5, 0.99))
+def test_imp_prunes_the_same_share_of_the_live_weights_each_time_and_rewinds_to_the_early_ones(
+    budget: Budget, num_groups: int, sparsity: float
+) -> None:
+    """Frankle et al., 2020, algorithm 2: train to k, keep W_k; train, prune, go back to W_k, and again."""
+    plan = with_schedule(dataclasses.replace(plan_of(num_groups), sparsity=sparsity), "imp", budget)
+    everything, count = tuple(range(num_groups)), budget.rounds * num_groups
+    assert [phase.keep for phase in plan.phases] == [True] + [False] * (len(plan.phases) - 1)
+    assert plan.phases[0].stop == max(1, budget.phase_steps // 10)
+    assert [phase.prune for phase in plan.phases if phase.prune] == [everything] * count
+    live = [1 - phase.depth * sparsity for phase in plan.phases if phase.prune]
+    assert live == pytest.approx([(1 - sparsity) ** (k / count) for k in range(1, count + 1)])
+    retrained = [phase for phase in plan.phases if phase.rewind]
+    assert [phase.start for phase in retrained] == [k * budget.phase_steps for k in range(1, count + 1)]
+    assert {(phase.lr, phase.state, phase.grow) for phase in retrained} == {("restart", "reset", ())}
+
+
+@given(BUDGETS, st.integers(1, 6))
+def test_st3_softens_everything_all_the_time_and_prunes_at_the_end(budget: Budget, num_groups: int) -> None:
+    everything = tuple(range(num_groups))
+    ramp, hold = with_schedule(plan_of(num_groups), "st3", budget).phases
+    assert (ramp.soften, ramp.grow, ramp.prune) == ("ramp", everything, ())
+    assert (hold.soften, hold.grow, hold.prune) == ("hold", everything, everything)
+    assert {(phase.lr, phase.state) for phase in (ramp, hold)} == {("continue", "carry")}
+    (alone,) = with_schedule(plan_of(num_groups), "st3", dataclasses.replace(budget, finetune_steps=0)).phases
+    assert (alone.soften, alone.prune) == ("ramp", everything)
+
+
+def test_snip_is_static_with_masks_by_the_first_gradient() -> None:
+    snip, static = (with_schedule(plan_of(2), method, Budget(1, 5, 3)) for method in ("snip", "static"))
+    assert snip.start_masks == "snip"
+    assert snip.phases == static.phases
+
+
+@pytest.mark.parametrize("method", ["gap", "rgap", "acdc"])
+def test_growth_from_saved_values_is_in_every_growing_phase(method: str) -> None:
+    phases = with_schedule(plan_of(3), method, Budget(2, 5, 3, growth="saved")).phases
+    assert {phase.growth for phase in phases if phase.grow} == {"saved"}
+
+
+def test_replicas_grow_from_zero() -> None:
+    with pytest.raises(UserError, match="weights of pgap grow from zero"):
+        with_schedule(plan_of(3), "pgap", Budget(2, 5, 3, growth="saved"))
+
+
+def test_the_learning_rate_of_gap_can_go_on_over_all_phases() -> None:
+    phases = with_schedule(plan_of(3), "gap", Budget(2, 5, 3, lr="continue")).phases
+    assert {phase.lr for phase in phases} == {"continue"}
+
+
 def test_set_drops_the_same_share_at_random_to_the_end() -> None:
     phases = with_schedule(plan_of(2), "set", Budget(1, 400, 200, update_steps=300)).phases
     assert [(phase.start, phase.drop, phase.regrow) for phase in phases] == [
@@ -156,9 +208,10 @@ def test_set_drops_the_same_share_at_random_to_the_end() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot", "acdc", "gmp", "set", "rigl"])
+@pytest.mark.parametrize("method", ["gap", "dense", "static", "oneshot", "acdc", "gmp", "set", "rigl", "imp", "st3"])
 def test_phase_tables_read_like_the_golden_ones(method: str, golden: Callable[[str, str], None]) -> None:
-    plan = with_schedule(plan_of(3), method, Budget(rounds=2, phase_steps=500, finetune_steps=1000, update_steps=600))
+    plan = dataclasses.replace(plan_of(3), sparsity=0.8)
+    plan = with_schedule(plan, method, Budget(rounds=2, phase_steps=500, finetune_steps=1000, update_steps=600))
     golden(f"schedule_{method}", format_phases(plan))
 
 
@@ -175,6 +228,7 @@ def test_what_the_plan_held_before_stays() -> None:
         ("gap", Budget(1, 0, 1), "--rounds, --phase-epochs and --update-steps must be positive"),
         ("static", Budget(1, 1, -1), "-1 steps of fine-tuning"),
         ("oneshot", Budget(1, 1, 0), "oneshot needs a fine-tune after its prune"),
+        ("imp", Budget(1, 1, 0), "imp needs a training after its last prune"),
         ("gmp", Budget(1, 1, 0), "gmp needs a fine-tune after its last prune"),
         ("rigl", Budget(1, 1, 1, update_steps=0), "--phase-epochs and --update-steps must be positive"),
         ("gapp", Budget(1, 1, 1), "unknown method 'gapp'\n  to do: did you mean 'gap'?"),
@@ -184,6 +238,19 @@ def test_a_budget_or_method_that_gives_no_run_is_refused(method: str, budget: Bu
     with pytest.raises(UserError) as caught:
         with_schedule(plan_of(2), method, budget)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (Phase("p", 0, 5, rewind=True), "no weights were kept aside to go back to"),
+        (Phase("p", 0, 5, (0, 1), (0, 1), replicas=2, soften="hold"), "replicas cannot keep weights aside"),
+        (Phase("p", 0, 5, (0, 1), (0, 1), replicas=2, growth="saved"), "replicas cannot keep weights aside"),
+    ],
+)
+def test_a_table_that_cannot_be_followed_is_refused(phase: Phase, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        dataclasses.replace(plan_of(3), phases=(phase,)).validate()
 
 
 @pytest.mark.parametrize("method", list(SCHEDULES))

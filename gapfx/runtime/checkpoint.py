@@ -145,7 +145,7 @@ def _write_slices(directory: Path, state: TrainState) -> None:
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """What this rank writes: `table/FQN` -> tensor."""
     own_bits = {fqn: bytes_of(bits, *state.bounds(fqn)) for fqn, bits in state.bits.items()}
-    held = dict(zip(TABLES, (state.weights, own_bits, state.sparse_bits, state.explored), strict=True))
+    held = dict(zip(TABLES, (state.weights, own_bits, state.sparse_bits, state.explored, state.aside), strict=True))
     held |= {f"moment:{key}": moments for key, moments in state.optimizer.moments.items()}
     held |= {"buffers": state.buffers} if state.peers.rank == 0 else {}
     return {f"{table}/{fqn}": tensor.cpu() for table, tensors in held.items() for fqn, tensor in tensors.items()}

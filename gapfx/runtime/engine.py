@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -186,7 +186,7 @@ class Engine:
     """One phase's engine. `module` is the module that it trains; use `close` before the next one is opened.
 
     `trained` are the parameters that the optimizer was given, by FQN, and `group_of` their parameter groups; `shards`
-    says where their fp32 weights are.
+    says where their fp32 weights are. `around` is entered for every forward with its backward.
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class Engine:
         zero = self._deepspeed.optimizer
         self.optimizer: Any = getattr(zero, "optimizer", zero)
         self.shards: Shards = _shards(zero, options.zero_stage, team.peers.rank)
+        self.around: Callable[[], AbstractContextManager[object]] = nullcontext
         self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def train_step(self, batches: Iterable[Any], loss: LossFunction, lr_factor: float) -> StepResult:
@@ -217,7 +218,8 @@ class Engine:
         losses: list[Tensor] = []
         norm: Any = None
         for batch in batches:
-            losses.append(self._backward(self._forward(batch, loss)))
+            with self.around():
+                losses.append(self._backward(self._forward(batch, loss)))
             if self.shards.is_whole and self._deepspeed.is_gradient_accumulation_boundary():
                 norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
             self._deepspeed.step()

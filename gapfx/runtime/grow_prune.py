@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gapfx.criterion import CRITERIA, is_elementwise, is_ordinal
+from gapfx.criterion import CRITERIA, ByGradient, Criterion, is_elementwise, is_ordinal
 from gapfx.errors import AuditError, DivergedError, UserError
 from gapfx.masks import count_kept, digest, pack
 from gapfx.pattern import SlicedPattern, parse_pattern
@@ -23,6 +23,23 @@ from gapfx.runtime.ranks import Peers
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_all, top_of_slices
 from gapfx.runtime.state import BYTE, Spread, TrainState, bytes_of, dense_slice, joined_bits, live_slice, whole
+
+Gradients = Mapping[str, Tensor]
+NO_GRADIENTS: Gradients = {}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A criterion by name, a generator for each weight, and this rank's slices of gradients where it takes them."""
+
+    name: str
+    draw: Callable[[str], torch.Generator]
+    gradients: Gradients
+
+    def of(self, fqn: str) -> Criterion:
+        """What scores a weight."""
+        found = CRITERIA[self.name]
+        return found.given(self.gradients[fqn]) if isinstance(found, ByGradient) else found
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ def layout_of(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, Sp
     return layout
 
 
-def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
+def start_masks(state: TrainState, plan: Plan, seed: int, gradients: Gradients = NO_GRADIENTS) -> None:
     """Mask planned weights, held dense, at their target sparsity by `plan.start_masks` (collective).
 
     Groups that the first phase grows start dense, as they were initialised: a mask would have zeroed them. Where
@@ -62,15 +79,17 @@ def start_masks(state: TrainState, plan: Plan, seed: int) -> None:
     """
     check_prunes(plan)
     is_dense = set(plan.phases[0].grow if plan.phases and plan.phases[0].replicas == 1 else ())
-    group_of = plan.group_of()
-    for index, weight in enumerate(plan.weights()):
-        fqn = weight.fqn
-        state.bits[fqn] = _ones(weight.numel)
-        if group_of[fqn] in is_dense:
-            state.sparse_bits[fqn] = _own_ones(state, fqn)
-        else:
-            set_mask(state, fqn, _new_mask(state, weight, plan.start_masks, generator(seed, 0, index)))
-        state.explored[fqn] = state.sparse_bits[fqn].clone()
+    draw = _draws(plan, seed, 0)
+    scoring = Scoring(plan.start_masks, draw, gradients)
+    for weight in plan.weights():
+        state.bits[weight.fqn], state.sparse_bits[weight.fqn] = _ones(weight.numel), _own_ones(state, weight.fqn)
+    for number, group in enumerate(plan.groups):
+        is_apart = is_ordinal(CRITERIA[plan.start_masks])
+        pools = [(weight,) for weight in group.weights] if is_apart else plan.pools(group)
+        for pool in pools if number not in is_dense else ():
+            for weight, mask in zip(pool, _pool_masks(state, pool, scoring), strict=True):
+                set_mask(state, weight.fqn, mask)
+    state.explored |= {fqn: bits.clone() for fqn, bits in state.sparse_bits.items()}
 
 
 def grow(state: TrainState, plan: Plan, groups: Iterable[int]) -> None:
@@ -84,16 +103,14 @@ def grow(state: TrainState, plan: Plan, groups: Iterable[int]) -> None:
             state.explored[fqn] = _own_ones(state, fqn)
 
 
-def prune(state: TrainState, plan: Plan, groups: Iterable[int], seed: int) -> dict[str, PrunedWeight]:
+def prune(
+    state: TrainState, plan: Plan, groups: Iterable[int], seed: int, gradients: Gradients = NO_GRADIENTS
+) -> dict[str, PrunedWeight]:
     """Prune the groups to their target by `plan.criterion`; what is not kept is gone, moments too (collective)."""
-    order = {weight.fqn: index for index, weight in enumerate(plan.weights())}
-
-    def draw(fqn: str) -> torch.Generator:
-        return generator(seed, state.step, order[fqn])
-
+    scoring = Scoring(plan.criterion, _draws(plan, seed, state.step), gradients)
     pruned: dict[str, PrunedWeight] = {}
     for pool in (pool for group in groups for pool in plan.pools(plan.groups[group])):
-        for weight, mask in zip(pool, _pool_masks(state, pool, plan.criterion, draw), strict=True):
+        for weight, mask in zip(pool, _pool_masks(state, pool, scoring), strict=True):
             pruned[weight.fqn] = _prune(state, weight, mask)
     return pruned
 
@@ -185,6 +202,12 @@ def check_prunes(plan: Plan) -> None:
                 f"{weight.fqn} has the pattern {weight.pattern}, of which no share can be dropped and regrown",
                 fix="take another --method, or --pattern unstructured",
             )
+        criteria = [CRITERIA[name] for name in (plan.criterion, plan.start_masks)]
+        if not isinstance(pattern, SlicedPattern) and any(isinstance(each, ByGradient) for each in criteria):
+            raise UserError(
+                f"{weight.fqn} has the pattern {weight.pattern}, which takes no criterion of gradients",
+                fix="take --criterion magnitude, or another --pattern",
+            )
     pruned = {group for phase in plan.phases for group in phase.prune}
     is_shared = any(len(pool) > 1 for group in pruned for pool in plan.pools(plan.groups[group]))
     if is_shared and is_ordinal(CRITERIA[plan.criterion]):
@@ -198,34 +221,37 @@ def _num_planned(pool: Iterable[Weight]) -> int:
     return sum(parse_pattern(weight.pattern).num_kept(weight.shape, weight.sparsity) for weight in pool)
 
 
-def _pool_masks(
-    state: TrainState, pool: Sequence[Weight], criterion: str, draw: Callable[[str], torch.Generator]
-) -> Iterator[Tensor]:
+def _draws(plan: Plan, seed: int, step: int) -> Callable[[str], torch.Generator]:
+    order = {weight.fqn: index for index, weight in enumerate(plan.weights())}
+    return lambda fqn: generator(seed, step, order[fqn])
+
+
+def _pool_masks(state: TrainState, pool: Sequence[Weight], scoring: Scoring) -> Iterator[Tensor]:
     """Flat mask of this rank's slice of each weight in turn (collective, also between them)."""
     if len(pool) == 1:
-        yield _new_mask(state, pool[0], criterion, draw(pool[0].fqn))
+        yield _new_mask(state, pool[0], scoring)
         return
 
     def score(fqn: str) -> Tensor:
-        return _slice_score(state, fqn, criterion, draw(fqn))
+        return _slice_score(state, fqn, scoring)
 
     for weight in pool:
         _check_scores(score(weight.fqn), weight.fqn, state, state.peers)
     yield from top_of_all([partial(score, weight.fqn) for weight in pool], _num_planned(pool), state.peers)
 
 
-def _slice_score(state: TrainState, fqn: str, criterion: str, draw: torch.Generator) -> Tensor:
+def _slice_score(state: TrainState, fqn: str, scoring: Scoring) -> Tensor:
     """Flat scores of this rank's slice."""
-    score_of, (start, stop) = CRITERIA[criterion], state.bounds(fqn)
+    score_of, draw, (start, stop) = scoring.of(fqn), scoring.draw(fqn), state.bounds(fqn)
     if is_elementwise(score_of):
         return score_of(dense_slice(state, state.weights, fqn), draw)
     return score_of(whole(state, state.weights, fqn), draw).flatten()[start:stop]
 
 
-def _new_mask(state: TrainState, weight: Weight, criterion: str, draw: torch.Generator) -> Tensor:
+def _new_mask(state: TrainState, weight: Weight, scoring: Scoring) -> Tensor:
     """Flat mask of this rank's slice."""
-    score_of, pattern = CRITERIA[criterion], parse_pattern(weight.pattern)
-    start, stop = state.bounds(weight.fqn)
+    score_of, pattern = scoring.of(weight.fqn), parse_pattern(weight.pattern)
+    draw, (start, stop) = scoring.draw(weight.fqn), state.bounds(weight.fqn)
     if is_elementwise(score_of) and isinstance(pattern, SlicedPattern):
         score = score_of(dense_slice(state, state.weights, weight.fqn), draw)
         _check_scores(score, weight.fqn, state, state.peers)

@@ -6,9 +6,14 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
+from torch import Tensor
+
+from gapfx.criterion import CRITERIA, ByGradient
 from gapfx.plan import Plan
+from gapfx.runtime.aside import keep, regrow_saved, rewind
 from gapfx.runtime.engine import buffers_of
 from gapfx.runtime.exchange import take_state
+from gapfx.runtime.gradients import dense_gradients
 from gapfx.runtime.grow_prune import (
     PrunedWeight,
     audit,
@@ -26,6 +31,7 @@ from gapfx.runtime.regrow import regrowth
 from gapfx.runtime.replicas import Merge, for_team
 from gapfx.runtime.rewire import rewire
 from gapfx.runtime.skeleton import hollow, skeleton_of
+from gapfx.runtime.soften import Softening
 from gapfx.runtime.state import OptimizerState, TrainState
 from gapfx.runtime.steps import (
     Job,
@@ -53,8 +59,16 @@ def initial_state(job: Job) -> TrainState:
         # A copy, lest it keeps the whole weight, or the file that the model was built in.
         state.weights[fqn] = parameter.detach().float().cpu().flatten()[start:stop].clone()
         hollow(parameter)
-    start_masks(state, job.plan, job.seed)
+    start_masks(state, job.plan, job.seed, _start_gradients(job, state))
     return state
+
+
+def _start_gradients(job: Job, state: TrainState) -> dict[str, Tensor]:
+    if not isinstance(CRITERIA[job.plan.start_masks], ByGradient):
+        return {}
+    return dense_gradients(
+        PhaseRun(job, skeleton_of(job.module), 0, job.plan.phases[0], time.monotonic(), all_in_one_team()), state
+    )
 
 
 def train(job: Job, state: TrainState) -> TrainState:
@@ -84,14 +98,32 @@ def _run_phase(run: PhaseRun, state: TrainState) -> None:
     with returning_memory():
         if state.step == run.phase.start:
             _forget(run, state)
+            if run.phase.rewind:
+                rewind(state)
             changed = rewire(run, state) if run.phase.drop else 0
             grow(state, run.job.plan, run.phase.grow)
+            if run.phase.growth == "saved":
+                regrow_saved(state, run.grown)
             _announce(run, state, changed)
         check_ranks_agree(state)
-    _train_phase(run, state)
+    train_phase(run, state)
     with returning_memory():
-        pruned = prune(state, run.plan, run.phase.prune, run.job.seed)
-        _conclude(run, state, pruned)
+        _conclude(run, state, prune_phase(run, state))
+
+
+def prune_phase(run: PhaseRun, state: TrainState) -> dict[str, PrunedWeight]:
+    """Keep aside what the phase keeps, and prune (collective)."""
+    phase = run.phase
+    keep(state, state.weights if phase.keep else run.saves)
+    if phase.prune:
+        Softening.of(run.job.plan, phase).settle(state)
+    return prune(state, run.plan, phase.prune, run.job.seed, _gradients(run, state))
+
+
+def _gradients(run: PhaseRun, state: TrainState) -> dict[str, Tensor]:
+    """Those that the prune at the phase's end asks for (collective)."""
+    is_asked = run.phase.prune and isinstance(CRITERIA[run.plan.criterion], ByGradient)
+    return dense_gradients(run, state) if is_asked else {}
 
 
 def _run_replicas(run: PhaseRun, state: TrainState) -> None:
@@ -107,9 +139,9 @@ def _run_replicas(run: PhaseRun, state: TrainState) -> None:
             grow(mine, job.plan, phase.grown_by(replica))
             check_ranks_agree(mine)
             _announce(one, mine)
-        trained = _train_phase(one, mine)
+        trained = train_phase(one, mine)
         with returning_memory():
-            own = prune(mine, run.plan, phase.grown_by(replica), job.seed)
+            own = prune(mine, run.plan, phase.grown_by(replica), job.seed, _gradients(one, mine))
             for told in state.peers.tell(own):
                 pruned |= told
             merge.add(mine, team, turn, trained)
@@ -118,7 +150,7 @@ def _run_replicas(run: PhaseRun, state: TrainState) -> None:
         _conclude(run, state, pruned)
 
 
-def _train_phase(run: PhaseRun, state: TrainState) -> frozenset[str]:
+def train_phase(run: PhaseRun, state: TrainState) -> frozenset[str]:
     """Train a state to the phase's end; the parameters that were trained."""
     with returning_memory():
         engine = open_engine(run, state)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +12,12 @@ from gapfx.criterion import CRITERIA
 from gapfx.masks import count_kept, unpack
 from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Weight
-from gapfx.runtime.exchange import take_state
-from gapfx.runtime.grow_prune import grow, set_mask
+from gapfx.runtime.gradients import dense_gradients
+from gapfx.runtime.grow_prune import set_mask
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_slices
-from gapfx.runtime.state import OptimizerState, TrainState, bytes_of, dense_slice
-from gapfx.runtime.steps import PhaseRun, descend, open_engine
+from gapfx.runtime.state import TrainState, bytes_of, dense_slice
+from gapfx.runtime.steps import PhaseRun
 
 
 def rewire(run: PhaseRun, state: TrainState) -> int:
@@ -67,34 +65,3 @@ def _random_score(state: TrainState, weight: Weight, draw: torch.Generator) -> T
     """Flat, of this rank's slice: the same order of the whole weight on any number of ranks."""
     start, stop = state.bounds(weight.fqn)
     return CRITERIA["random"](torch.empty(weight.shape), draw).flatten()[start:stop]
-
-
-def dense_gradients(run: PhaseRun, state: TrainState) -> dict[str, Tensor]:
-    """Flat fp32 gradient of this rank's slice of each planned weight, masked places too (collective).
-
-    By a step of plain SGD with a learning rate of 1, on the batch that the next step trains on, in an engine that holds
-    all weights dense: what it takes from a masked weight, which is 0, is the gradient to the bit, at any ZeRO stage.
-    For a moment it takes the memory of a dense model. The state stays as it is.
-    """
-    groups = range(len(run.job.plan.groups))
-    job = replace(run.job, optimizer=_plain_descent, engine=replace(run.job.engine, clip=0.0))
-    probe = replace(
-        state,
-        weights=dict(state.weights),
-        bits=dict(state.bits),
-        explored=dict(state.explored),
-        optimizer=OptimizerState(),
-    )
-    grow(probe, job.plan, groups)
-    engine = open_engine(replace(run, job=job), probe)
-    try:
-        descend(run, engine, state.step)
-        take_state(engine, probe, is_last=True, with_optimizer=False)
-    finally:
-        engine.close()
-    planned = [weight.fqn for weight in job.plan.weights()]
-    return {fqn: dense_slice(state, state.weights, fqn) - probe.weights[fqn] for fqn in planned}
-
-
-def _plain_descent(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)

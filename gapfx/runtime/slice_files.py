@@ -16,7 +16,7 @@ from gapfx.masks import count_kept, num_bytes
 from gapfx.runtime.ranks import Peers
 from gapfx.runtime.state import Spread, bytes_of
 
-TABLES = ("weights", "bits", "sparse_bits", "explored")
+TABLES = ("weights", "bits", "sparse_bits", "explored", "aside")
 
 
 def slice_file(rank: int) -> str:
@@ -54,7 +54,8 @@ class _Source:
             elif table in ("sparse_bits", "explored"):
                 found[table][fqn] = bytes_of(self._joined(f"{table}/{fqn}"), *self._bounds(fqn)).clone()
             elif table != "bits":
-                found.setdefault(table, {})[fqn] = self._values(table, fqn, found["bits"].get(fqn))
+                bits = None if table == "aside" else found["bits"].get(fqn)
+                found.setdefault(table, {})[fqn] = self._values(table, fqn, bits)
         return found
 
     def _bounds(self, fqn: str) -> tuple[int, int]:

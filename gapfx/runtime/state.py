@@ -59,7 +59,8 @@ class TrainState:
 
     layout: FQN of every parameter -> how it is cut. weights: FQN -> live fp32 values of this rank's slice. buffers: FQN
     -> buffer. bits: FQN -> packed mask in force, whole, on every rank. Of this rank's slice alone: sparse_bits, the
-    mask each weight had when it was last sparse, and explored, bits of weights that were live in any phase so far.
+    mask each weight had when it was last sparse, explored, bits of weights that were live in any phase so far, and
+    aside, dense fp32 values that were kept for a later phase (see gapfx.runtime.aside).
     `step` counts optimizer steps done. `owed` is the evaluation of that step which is still to be made: as the weights
     were trained, which at a phase's end is before its prune, or pruned.
     """
@@ -70,6 +71,7 @@ class TrainState:
     bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     sparse_bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     explored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    aside: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     peers: Peers = field(default_factory=Peers)
     step: int = 0

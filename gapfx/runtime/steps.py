@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gapfx.runtime.grow_prune import sparsity_now
 from gapfx.runtime.learning_rate import LrFactor, factor_at, warmup_cosine
 from gapfx.runtime.memory import peak_resident_bytes
 from gapfx.runtime.ranks import Peers
+from gapfx.runtime.soften import Softening
 from gapfx.runtime.state import TrainState
 from gapfx.runtime.teams import Team
 
@@ -101,6 +103,13 @@ class PhaseRun:
         return bool(following) and following[0].drop > 0
 
     @property
+    def saves(self) -> list[str]:
+        """FQNs of the weights that this phase prunes and that grow again, later, to what they were."""
+        plan, later = self.job.plan, self.job.plan.phases[self.index + 1 :]
+        wanted = {group for phase in later if phase.growth == "saved" for group in phase.grow}
+        return [weight.fqn for group in self.phase.prune if group in wanted for weight in plan.groups[group].weights]
+
+    @property
     def grown(self) -> list[str]:
         """FQNs of the weights that grow in this replica."""
         groups = self.phase.grown_by(self.replica)
@@ -137,8 +146,10 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
     Raises Interrupted after a checkpoint when a stop is asked for on any rank (a phase of replicas is given up: it has
     no state in between), DivergedError on a loss that is not finite.
     """
+    softening = Softening.of(run.job.plan, run.phase)
     if state.owed:
-        _evaluate(run, engine.module, state)
+        with softening.around(engine, state.step):
+            _evaluate(run, engine.module, state)
         stop_if_owed(state)
     job, phase, pace = run.job, run.phase, run.job.pace
     dtype = torch.bfloat16 if job.engine.dtype == "bf16" else None
@@ -150,6 +161,7 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
     for offset, batches in enumerate(feed.steps(first, phase.stop)):
         factor = factor_at(first + offset, phase, job.plan.num_steps, job.lr)
         moved = (to_model(batch, device, dtype) for batch in batches)
+        engine.around = partial(softening.around, engine, first + offset)
         before, step_began = _copied_buffers(engine) if is_long else {}, time.monotonic()
         try:
             result = engine.train_step(_unless_stopped(job, moved) if is_long else moved, job.loss, factor)
@@ -174,7 +186,8 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
         if run.replica < run.team.count and is_due:
             state.owed = "trained"
             if not stop:
-                _evaluate(run, engine.module, state)
+                with softening.around(engine, state.step):
+                    _evaluate(run, engine.module, state)
         stop = stop or bool(state.owed)
         if is_whole and (stop or (not is_last and _is_due(state.step, pace.checkpoint))):
             _save(run, engine, state)

@@ -89,7 +89,7 @@ def test_the_exported_model_has_exact_zeros_and_the_reported_metric(tmp_path: Pa
     model = task.model()
     model.load_state_dict(weights(run), strict=True)
     settings: Settings = merge(("defaults", task.defaults))
-    assert training.make_evaluate(task, settings)(model.eval(), lambda: None) == facts["metrics"]["final"]
+    assert training.make_evaluate(task, settings, "val")(model.eval(), lambda: None) == facts["metrics"]["final"]
     for fqn, weight in facts["per_weight"].items():
         tensor = weights(run)[fqn]
         assert tensor.numel() == weight["numel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest
     job = loop.train
 
     def stopped(given: loop.Job, state: TrainState) -> TrainState:
-        return job(rewire.replace(given, should_stop=asked), state)
+        return job(dataclasses.replace(given, should_stop=asked), state)
 
     with monkeypatch.context() as patch:
         patch.setattr("gapfx.training.train", stopped)
