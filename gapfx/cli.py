@@ -74,6 +74,16 @@ ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each 
 BenchSeconds = Annotated[
     float, typer.Option(help="Time for all of it, about; a compilation that has begun is not broken off.", min=1)
 ]
+PhaseLr = Annotated[
+    str | None, typer.Option(help="Learning rate at a new phase of gap, pgap and oneshot: restart or continue.")
+]
+Growth = Annotated[
+    str | None, typer.Option(help="What grown weights start from: zero, or saved, the values before their prune.")
+]
+Test = Annotated[bool | None, typer.Option("--test/--no-test", help='Evaluate on data("test") too, once, at the end.')]
+RegrowWarmup = Annotated[
+    int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -102,15 +112,9 @@ def sparsify(
     clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
     lr_scale: Annotated[float | None, typer.Option(help="Factor of the learning rate of the whole run.")] = None,
     state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
-    phase_lr: Annotated[
-        str | None, typer.Option(help="Learning rate at a new phase of gap, pgap and oneshot: restart or continue.")
-    ] = None,
-    growth: Annotated[
-        str | None, typer.Option(help="What grown weights start from: zero, or saved, the values before their prune.")
-    ] = None,
-    regrow_warmup: Annotated[
-        int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
-    ] = None,
+    phase_lr: PhaseLr = None,
+    growth: Growth = None,
+    regrow_warmup: RegrowWarmup = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; 3 shards the weights too.")] = None,
     deepspeed: Annotated[str | None, typer.Option(help="DeepSpeed JSON file; what gapfx decides may be auto.")] = None,
@@ -121,9 +125,7 @@ def sparsify(
     calibrate: Calibrate = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
     seed: Seed = None,
-    test: Annotated[
-        bool | None, typer.Option("--test/--no-test", help='Evaluate on data("test") too, once, at the end.')
-    ] = None,
+    test: Test = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
