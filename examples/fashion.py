@@ -114,6 +114,11 @@ def model() -> nn.Module:
     return ResNet()
 
 
+def at_half_size() -> nn.Module:
+    """The same network on images of 14 x 14, which takes a third of the time: for studies of many runs."""
+    return nn.Sequential(nn.AvgPool2d(2), ResNet())
+
+
 def data(split: str) -> Images:
     return Images(split)
 

@@ -3,7 +3,7 @@
     gapfx sparsify examples/text.py --out runs/text
 
 It trains on nine plays (1.2 MB) that come with this file. `python tools/get_data.py text` fetches all 42 works, which
-are then used instead; $TEXT_FILE names any other text.
+are then used instead; $TEXT_FILE names any other text. `--entry llama` trains a Llama of Hugging Face instead.
 """
 
 from __future__ import annotations
@@ -117,6 +117,23 @@ def model() -> nn.Module:
     return GPT()
 
 
+def llama() -> nn.Module:
+    """Of about the same size, from a configuration of Hugging Face's transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=NUM_BYTES,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=CONTEXT,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
 def data(split: str) -> Windows:
     text = torch.frombuffer(bytearray(read_text()), dtype=torch.uint8)
     bounds = [int(len(text) * share) for share in (0, 1 - HELD_OUT_SHARE, 1 - HELD_OUT_SHARE / 2, 1)]
@@ -127,7 +144,9 @@ def data(split: str) -> Windows:
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     tokens, following = batch
-    return F.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
+    scores = model(tokens)
+    scores = scores if isinstance(scores, Tensor) else scores.logits  # what models of Hugging Face return holds more
+    return F.cross_entropy(scores.flatten(0, 1), following.flatten())
 
 
 def evaluate(model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:

@@ -263,26 +263,15 @@ def compare_study(path: Path, out: Path | None, parallel: int, *, collect: bool,
     """Train what is missing of a study, write its files, and give its tables."""
     from gapfx.compare.cost import Costs
     from gapfx.compare.execute import Runner
-    from gapfx.compare.outcomes import best_lr_scales
+    from gapfx.compare.judge import collected, judge
     from gapfx.compare.page import write_page
     from gapfx.compare.study import read_study
-    from gapfx.compare.table import Tables
     from gapfx.run_dir import write_atomically
 
     study, out = read_study(path), out or Path("runs") / path.stem
-    runner = Runner(
-        Costs(study, lambda given: Source(study.task, "", given).load()),
-        out,
-        parallel,
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    find = (lambda trials: list(runner.outcomes(trials))) if collect else runner.run
-    if study.tune:
-        study = study.tuned(best_lr_scales(study, find(list(study.tuning_trials()))))
-    outcomes = find(list(study.trials()))
-    if not outcomes:
-        raise UserError(f"no run of the study is finished in {out}", fix="leave --collect out to train them")
-    tables = Tables.of(study, outcomes)
+    costs = Costs(study, lambda given: Source(study.task, "", given).load())
+    runner = Runner(costs, out, parallel, lambda line: print(line, file=sys.stderr, flush=True))
+    tables = collected(path, out) if collect else judge(study, runner.run, out)
     write_atomically(out / "comparison.json", tables.json())
     write_atomically(out / "comparison.md", tables.markdown() + "\n")
     page = write_page(out / "comparison.html", tables)

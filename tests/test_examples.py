@@ -48,6 +48,16 @@ def make_image_folder(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_llama_of_hugging_face_trains_on_the_text(tmp_path: Path) -> None:
+    flags = ("--entry", "llama", *SMOKE["text"])
+    assert gapfx("sparsify", ROOT / "examples" / "text.py", "--out", tmp_path / "run", *flags) == 0
+    facts = summary(tmp_path / "run")
+    assert [group["name"] for group in facts["groups"]] == [f"model.layers.{index}" for index in range(4)]
+    assert len(facts["per_weight"]) == 4 * 7
+    assert facts["sparsity_actual"] == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_trains_and_ends_at_its_sparsity(path: Path, tmp_path: Path) -> None:
     assert gapfx("sparsify", path, "--out", tmp_path / "run", *SMOKE[path.stem]) == 0

@@ -197,10 +197,11 @@ def test_the_tool_takes_the_first_images_of_each_class() -> None:
     assert subset["val_labels"].tolist() == arrays["val_labels"][:3_000].tolist()
 
 
-def test_packed_arrays_read_back_and_are_equal_bytes_each_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_small", [True, False])
+def test_packed_arrays_read_back_and_are_equal_bytes_each_time(is_small: bool, tmp_path: Path) -> None:
     arrays = {"train_images": np.arange(784, dtype=np.uint8).reshape(1, 28, 28)}
-    (tmp_path / "a.npz").write_bytes(pack(arrays))
-    assert pack(arrays) == (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(pack(arrays, is_small=is_small))
+    assert pack(arrays, is_small=is_small) == (tmp_path / "a.npz").read_bytes()
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["train_images"], arrays["train_images"])
 
 

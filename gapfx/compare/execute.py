@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gapfx.compare.cost import Costs
-from gapfx.compare.outcomes import Outcome, outcome_of
+from gapfx.compare.outcomes import Outcome, recorded
 from gapfx.compare.records import Records, record_of
 from gapfx.compare.study import Trial
 from gapfx.errors import Interrupted, UserError
@@ -58,9 +58,7 @@ class Runner:
 
     def outcomes(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
         """Outcomes of the trials that are finished."""
-        for trial in trials:
-            if (record := self._records.found.get(trial.name)) is not None:
-                yield outcome_of(self.costs.study, trial, record)
+        return recorded(self.costs.study, trials, self._records)
 
     def _is_there(self, trial: Trial) -> bool:
         folder, record = self.out / trial.name, self._records.found.get(trial.name)

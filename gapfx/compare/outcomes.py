@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from gapfx.compare.records import Record
+from gapfx.compare.records import Record, Records
 from gapfx.compare.statistics import Difference, Spread, paired
 from gapfx.compare.study import CONTROL, Budget, Study, Trial
 from gapfx.errors import UserError
@@ -52,6 +52,13 @@ def outcome_of(study: Study, trial: Trial, record: Record) -> Outcome:
         told = ", ".join(metrics) or "none"
         raise UserError(f"the task gives no metric {study.metric!r}", where=record.name, fix=f"one of {told}")
     return Outcome(trial, metrics[study.metric], record.flops, record.live_bytes, record.seconds, epochs=record.epochs)
+
+
+def recorded(study: Study, trials: Iterable[Trial], records: Records) -> Iterator[Outcome]:
+    """Outcomes of the trials that there is a record of."""
+    for trial in trials:
+        if (record := records.found.get(trial.name)) is not None:
+            yield outcome_of(study, trial, record)
 
 
 def best_lr_scales(study: Study, outcomes: Iterable[Outcome]) -> dict[str, float]:

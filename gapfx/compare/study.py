@@ -110,9 +110,10 @@ class Study:
             yield Trial(contender, sparsity, tune.seed, "epochs", lr_scale)
 
     def tuned(self, lr_scale: Mapping[str, float]) -> Study:
-        """The study with a factor of the learning rate for each contender, by name."""
+        """The study with a factor of the learning rate for each contender, by name; those without one stay."""
         chosen = (
-            dataclasses.replace(c, settings={**c.settings, "lr_scale": lr_scale[c.name]}) for c in self.contenders
+            dataclasses.replace(c, settings={**c.settings, "lr_scale": lr_scale[c.name]}) if c.name in lr_scale else c
+            for c in self.contenders
         )
         return dataclasses.replace(self, contenders=tuple(chosen))
 

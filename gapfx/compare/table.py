@@ -74,8 +74,14 @@ class Tables:
     def json(self) -> str:
         """All numbers."""
         rows, duels = ([dataclasses.asdict(each) for each in found] for found in (self.rows, self.duels))
-        chosen = {c.name: c.settings["lr_scale"] for c in self.study.contenders if self.study.tune}
-        return json.dumps({"metric": self.study.metric, "lr_scale": chosen, "rows": rows, "duels": duels}, indent=1)
+        return json.dumps(
+            {"metric": self.study.metric, "lr_scale": self.lr_scales(), "rows": rows, "duels": duels}, indent=1
+        )
+
+    def lr_scales(self) -> dict[str, float]:
+        """What tuning chose, by contender."""
+        tuned = self.study.contenders if self.study.tune else ()
+        return {c.name: c.settings["lr_scale"] for c in tuned if "lr_scale" in c.settings}
 
     def _all(self) -> list[tuple[str, Lines]]:
         return list(itertools.chain.from_iterable(self.of_budget(budget) for budget in self.budgets()))

@@ -26,7 +26,8 @@ def fashion(out: Out = None, subset: Subset = False) -> None:
     folder = out or DATA / "fashion-full"
     arrays = fashion_arrays(read_deb(fetch_deb("dataset-fashion-mnist", folder)))
     check_fashion(arrays)
-    write(folder / "fashion.npz", pack(first_of_each_class(arrays) if subset else arrays), LICENCE)
+    chosen = first_of_each_class(arrays) if subset else arrays
+    write(folder / "fashion.npz", pack(chosen, is_small=subset), LICENCE)
 
 
 def read_deb(path: Path) -> dict[str, bytes]:

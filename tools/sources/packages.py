@@ -118,13 +118,13 @@ def check_size(content: bytes, least: int, package: str) -> bytes:
     return content
 
 
-def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The arrays as the bytes of an .npz file."""
+def pack(arrays: Mapping[str, NDArray[Any]], *, is_small: bool) -> bytes:
+    """The arrays as the bytes of an .npz file: as small as it gets for the repository, else fast to read."""
     packed = BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, array in arrays.items():
             member, content = zipfile.ZipInfo(f"{name}.npy", MEMBER_DATE), BytesIO()
-            member.compress_type = zipfile.ZIP_LZMA
+            member.compress_type = zipfile.ZIP_LZMA if is_small else zipfile.ZIP_STORED
             np.save(content, array)
             archive.writestr(member, content.getvalue())
     return packed.getvalue()

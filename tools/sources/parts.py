@@ -72,7 +72,7 @@ def parts(out: Out = None, subset: Subset = False) -> None:
     arrays = collect(shape for shape in sampled if shape is not None)
     if not subset:
         check_parts(arrays)
-    write(folder / "parts.npz", pack(arrays), LICENCE)
+    write(folder / "parts.npz", pack(arrays, is_small=subset), LICENCE)
 
 
 def category_of(name: str) -> str:

@@ -1,0 +1,88 @@
+"""Write RESULTS.md from the records of finished studies: `python tools/make_results.py --out RESULTS.md`.
+
+A study is `studies/NAME.toml`, whose first lines, comments, are its command and what it shows, with its records in
+`studies/NAME/runs.jsonl`. Nothing is trained, and every number on the page is computed from the records.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from gapfx.compare.judge import collected
+from gapfx.compare.page import story
+from gapfx.compare.records import RECORDS, Records
+from gapfx.compare.table import Tables
+
+ROOT = Path(__file__).parent.parent
+INTRODUCTION = """# Results
+
+Made by `python tools/make_results.py --out RESULTS.md` from the records of runs in `studies/*/runs.jsonl`; each section
+names the command that trained them. `gapfx compare studies/NAME.toml --out studies/NAME --collect` makes the page with
+the figures (metric against sparsity, operations and bytes) from the same records.
+"""
+
+
+def comments(path: Path) -> list[str]:
+    """The comment lines that a file begins with, without their sign."""
+    lines: list[str] = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def section(path: Path, folder: Path) -> Iterator[str]:
+    """One study in paragraphs."""
+    command, *words = comments(path)
+    tables, records = collected(path, folder), Records.read(folder)
+    yield f"## {path.stem}"
+    yield f"`{command}`"
+    yield " ".join(words)
+    yield " ".join(story(tables.study))
+    yield from _chosen(tables)
+    yield tables.markdown()
+    yield _versions(records)
+
+
+def _chosen(tables: Tables) -> Iterator[str]:
+    scales = tables.lr_scales()
+    if scales:
+        yield "Chosen: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()) + "."
+
+
+def _versions(records: Records) -> str:
+    counts = Counter(tuple(sorted(record.versions.items())) for record in records.found.values())
+    told = (
+        f"{count} runs with " + ", ".join(f"{name} {version}" for name, version in versions)
+        for versions, count in counts.items()
+    )
+    hours = sum(record.seconds for record in records.found.values()) / 3600
+    return f"{'; '.join(told)}; {hours:.1f} hours of training in all."
+
+
+def results(studies: Path) -> str:
+    """The whole page; studies without a record are left out."""
+    found = [path for path in sorted(studies.glob("*.toml")) if (studies / path.stem / RECORDS).is_file()]
+    parts = [part for path in found for part in section(path, studies / path.stem)]
+    return "\n\n".join([INTRODUCTION.strip(), *parts]) + "\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    studies: Annotated[Path, typer.Option(help="Folder of the studies.")] = ROOT / "studies",
+) -> None:
+    """Write the page of results."""
+    out.write_text(results(studies))
+
+
+if __name__ == "__main__":
+    typer.run(main)
