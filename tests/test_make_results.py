@@ -10,6 +10,7 @@ from gapfx.compare.records import RECORDS, Record, Records
 from tests.runs import ROOT
 from tools.make_results import results
 
+STUDIES = ROOT / "examples" / "studies"
 STUDY = """# gapfx compare studies/small.toml --out studies/small
 # Two methods
 # on a small task.
@@ -58,5 +59,5 @@ def test_a_study_without_records_is_left_out(studies: Path) -> None:
 
 def test_the_committed_page_is_what_the_committed_records_give() -> None:
     page = ROOT / "RESULTS.md"
-    assert page.read_text() == results(ROOT / "studies")
-    assert len(list((ROOT / "studies").glob(f"*/{RECORDS}"))) == page.read_text().count("\n## ")
+    assert page.read_text() == results(STUDIES)
+    assert len(list(STUDIES.glob(f"*/{RECORDS}"))) == page.read_text().count("\n## ")
