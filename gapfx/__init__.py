@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gapfx.errors import GapfxError as GapfxError
     from gapfx.errors import UserError as UserError
+    from gapfx.io.state_dicts import load_masks as load_masks
+    from gapfx.io.state_dicts import load_sparse as load_sparse
+    from gapfx.io.state_dicts import save_sparse as save_sparse
     from gapfx.loading import load as load
     from gapfx.plan import Plan as Plan
     from gapfx.sparse import Sparse as Sparse
@@ -26,10 +29,24 @@ _PUBLIC = {
     "Sparse": "gapfx.sparse",
     "UserError": "gapfx.errors",
     "load": "gapfx.loading",
+    "load_masks": "gapfx.io.state_dicts",
+    "load_sparse": "gapfx.io.state_dicts",
+    "save_sparse": "gapfx.io.state_dicts",
     "sparsify": "gapfx.sparse",
 }
 
-__all__ = ["GapfxError", "Plan", "Sparse", "UserError", "__version__", "load", "sparsify"]
+__all__ = [
+    "GapfxError",
+    "Plan",
+    "Sparse",
+    "UserError",
+    "__version__",
+    "load",
+    "load_masks",
+    "load_sparse",
+    "save_sparse",
+    "sparsify",
+]
 
 
 def __getattr__(name: str) -> Any:

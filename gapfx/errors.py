@@ -45,6 +45,10 @@ class PlanError(UserError):
     """A plan is malformed, or belongs to another model."""
 
 
+class FileError(UserError):
+    """A file of a model is damaged, or is none."""
+
+
 class CheckpointError(UserError):
     """No usable checkpoint, or a checkpoint of another run."""
 

@@ -1,4 +1,4 @@
-"""`gapfx.load`: a finished run as a model for inference, whose sparse weights are held by their live values alone."""
+"""`gapfx.load`: a finished run, or a sparse file, as a model for inference that holds its live values alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gapfx.compiler import Pipeline, Unit, realise
@@ -18,9 +17,9 @@ from gapfx.kernels import native
 from gapfx.kernels.decode import MAX_TOKENS, Values, quantised, with_spare
 from gapfx.masks import bits_of, pack, stored_parameter, write_bits
 from gapfx.ops.fixed_linear import layout_of, refusal, with_scales
+from gapfx.origin import Origin
 from gapfx.passes.lower_inference import LowerInference, served
 from gapfx.plan import Plan, Weight
-from gapfx.run_dir import RunDir
 from gapfx.sparse import CompileOptions, compile_model
 from gapfx.task import load_task
 from gapfx.training import first_batches
@@ -110,11 +109,11 @@ def load_run(
     kernels: Mapping[str, Kernel] | None = None,
     device: str | torch.device = "cpu",
 ) -> Loaded:
-    """The trained model of a finished run for inference, and what serves each of its weights.
+    """The trained model of a finished run, or of a sparse file (`model.gapfx`), and what serves each of its weights.
 
     The model is made by the task of the run, or is `model`, a module (changed in place) or a function that makes one;
-    `model(*args, **kwargs)` must run, else a batch of the task shows how it runs. A weight is live where
-    model.safetensors is not 0. `values` says how live values of linear layers are held: "bf16" halves them, "int8" has
+    `model(*args, **kwargs)` must run, else a batch of the task shows how it runs; a sparse file knows no task. A weight
+    is live where it is not 0. `values` says how live values of linear layers are held: "bf16" halves them, "int8" has
     one scale for each output and also rounds the numbers of each token, for up to 15 tokens. `kernels` forces the
     choice for weights by FQN: "dense" keeps the dense weight, as is done by default from half of the weight live on and
     for fp32 values without native kernels.
@@ -127,11 +126,11 @@ def load_run(
     """
     _check_options(model is not None, args is not None or bool(kwargs), values, kernels or {})
     target = _checked_device(device, values)
-    folder = RunDir(Path(run))
-    plan = _finished_plan(folder)
+    origin = Origin(Path(run))
+    plan = origin.plan()
     _check_known(kernels or {}, plan)
-    module, batch_run, check = _model(folder, model, args, kwargs or {})
-    _fill(module, folder)
+    module, batch_run, check = _model(origin, model, args, kwargs or {})
+    origin.fill(module)
     if target.type != "cpu":
         return _load_on_cuda(module, plan, values, kernels or {}, target)
     watch = _Watch()
@@ -175,10 +174,10 @@ def load_dense(run: str | Path) -> tuple[nn.Module, Run]:
 
     Raises UserError as `load_run` does.
     """
-    folder = RunDir(Path(run))
-    _finished_plan(folder)
-    module, batch_run, _ = _model(folder, None, None, {})
-    _fill(module, folder)
+    origin = Origin(Path(run))
+    origin.plan()
+    module, batch_run, _ = _model(origin, None, None, {})
+    origin.fill(module)
     return module.requires_grad_(False).eval(), batch_run
 
 
@@ -210,17 +209,8 @@ def _check_known(kernels: Mapping[str, Kernel], plan: Plan) -> None:
         raise UserError(f"{unknown[0]!r} is no planned weight", fix="the plan of the run lists the planned weights")
 
 
-def _finished_plan(folder: RunDir) -> Plan:
-    plan = folder.saved_plan() if folder.config.is_file() else None
-    if plan is None:
-        raise UserError(f"{folder.path} holds no run", fix="give the directory that `gapfx sparsify --out` wrote")
-    if not (folder.summary.is_file() and folder.model.is_file()):
-        raise UserError(f"the run in {folder.path} is not finished", fix="finish it with `gapfx sparsify ... --resume`")
-    return plan
-
-
 def _model(
-    folder: RunDir,
+    origin: Origin,
     model: nn.Module | Callable[[], nn.Module] | None,
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any],
@@ -230,6 +220,7 @@ def _model(
     if made is not None and (args is not None or kwargs):
         call = partial(_call, args or (), kwargs)
         return made, call, call
+    folder = origin.run()
     path, entry = folder.saved_task()
     if not path.is_file():
         raise UserError(
@@ -251,41 +242,6 @@ def _call(args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module) -> o
 
 def _loss(loss: Callable[[nn.Module, Any], object], batch: Any, model: nn.Module) -> object:
     return loss(model, batch)
-
-
-def _fill(module: nn.Module, folder: RunDir) -> None:
-    """Copy the file into the module, tensor by tensor."""
-    try:
-        _copy(module, folder)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the model of the run cannot be read: {error}",
-            where=str(folder.model),
-            fix="restore the file, or delete it and run `gapfx sparsify ... --resume`, which writes it again",
-        ) from error
-
-
-def _copy(module: nn.Module, folder: RunDir) -> None:
-    own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    with safe_open(folder.model, framework="pt") as file:
-        keys = set(file.keys())
-        lacking, spare = sorted(own.keys() - keys), sorted(keys - own.keys())
-        if lacking or spare:
-            what = f"the run has no {lacking[0]!r}" if lacking else f"it has no {spare[0]!r}"
-            raise _another_model(folder, what)
-        for key, value in own.items():
-            found = file.get_tensor(key)
-            if found.shape != value.shape:
-                raise _another_model(folder, f"{key} is {list(value.shape)}, in the run {list(found.shape)}")
-            module.load_state_dict({key: found}, strict=False)
-
-
-def _another_model(folder: RunDir, what: str) -> UserError:
-    return UserError(
-        f"the run is of another model: {what}",
-        where=str(folder.model),
-        fix="give the model, or the task file, that the run was started with",
-    )
 
 
 def _compact(

@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gapfx.errors import Interrupted
+from gapfx.errors import Interrupted, UserError
+from gapfx.io.dense_files import DenseFiles
+from gapfx.io.write_sparse import write_sparse
 from gapfx.masks import count_kept
 from gapfx.model_file import write_model
 from gapfx.report import write_report
@@ -48,6 +50,7 @@ def write_results(
     peaks = Peers.all().tell(peak_resident_bytes())  # what other ranks do ends here
     if torch.distributed.get_rank() == 0:
         with returning_memory():
+            _write_sparse(run, job, state)
             final, test = found or _final_metrics(task, run, job)
         peaks[0] = peak_resident_bytes()
         peaks = [max(rank) for rank in zip_longest(peaks, run.peaks(), fillvalue=0)]
@@ -66,6 +69,19 @@ def write_results(
         write_atomically(run.summary, json.dumps(summary, indent=1))
         write_report(run.path)
     return summary
+
+
+def _write_sparse(run: RunDir, job: Job, state: TrainState) -> None:
+    """The model as a sparse file, from the dense one and the masks of the state."""
+    try:
+        with DenseFiles(run.model) as dense:
+            write_sparse(run.sparse, dense, plan=job.plan, masks=state.bits)
+    except OSError as error:
+        raise UserError(
+            f"the model could not be written: {error}",
+            where=str(run.sparse),
+            fix="free disk space and continue with --resume",
+        ) from error
 
 
 def _final_metrics(task: Task, run: RunDir, job: Job) -> tuple[dict[str, float], dict[str, float]]:

@@ -26,6 +26,7 @@ _OWN_FILES = (
     "task.json",
     "metrics.jsonl",
     "model.safetensors",
+    "model.gapfx",
     "summary.json",
     "report.html",
 )
@@ -66,6 +67,11 @@ class RunDir:
     def model(self) -> Path:
         """Dense weights with zeros in place, original FQNs."""
         return self.path / "model.safetensors"
+
+    @property
+    def sparse(self) -> Path:
+        """The same as live values and masks, see gapfx.io.sparse_file."""
+        return self.path / "model.gapfx"
 
     @property
     def summary(self) -> Path:

@@ -111,7 +111,15 @@ def test_a_run_leaves_every_file_and_counts_exactly(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert gapfx("sparsify", TASK, "--out", run, *TINY) == 0
     names = {path.name for path in run.iterdir()}
-    files = {"config.json", "plan.json", "metrics.jsonl", "checkpoints", "model.safetensors", "summary.json"}
+    files = {
+        "config.json",
+        "plan.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "model.gapfx",
+        "summary.json",
+    }
     assert names == files | {"report.html", "task.json"}
     assert [event["event"] for event in events(run, "start") + events(run, "end")] == ["start", "end"]
     facts = summary(run)

@@ -59,6 +59,17 @@ def test_a_loaded_run_equals_the_dense_model_with_its_file(run: Path, dtype: tor
         torch.testing.assert_close(loaded(x).double(), wanted(x.double()), rtol=0, atol=tolerance)
 
 
+def test_a_sparse_file_loads_as_its_run_does(run: Path) -> None:
+    x = torch.randn(5, 8)
+    loaded = load_run(run / "model.gapfx", model=load_task(runs.TASK).model(), args=(x,))
+    assert torch.equal(loaded.module(x), gapfx.load(run)(x))
+    assert {weight.fqn for weight in loaded.weights} == {weight.fqn for weight in load_run(run).plan.weights()}
+    with pytest.raises(UserError, match="a sparse file does not say how its model is built"):
+        gapfx.load(run / "model.gapfx")
+    with pytest.raises(UserError, match="the run is of another model"):
+        gapfx.load(run / "model.gapfx", model=nn.Linear(8, 4), args=(x,))
+
+
 def test_the_dense_model_of_a_run_comes_with_what_runs_it(run: Path) -> None:
     model, batch_run = load_dense(run)
     assert isinstance(batch_run(model), Tensor)

@@ -1,7 +1,7 @@
 """Write RESULTS.md from the records of finished studies: `python tools/make_results.py --out RESULTS.md`.
 
-A study is `examples/studies/NAME.toml`, whose first lines, comments, are its command and what it shows, with its records in
-`runs.jsonl` of the folder NAME beside it. Nothing is trained, and every number on the page is computed from the records.
+A study is `examples/studies/NAME.toml`, whose first lines, comments, are its command and what it shows, with its
+records in `runs.jsonl` of the folder NAME beside it. Nothing is trained: every number on the page comes from records.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from gapfx.compare.table import Tables
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Results
 
-Made by `python tools/make_results.py --out RESULTS.md` from the records of runs in `examples/studies/*/runs.jsonl`; each section
-names the command that trained them. `gapfx compare examples/studies/NAME.toml --out examples/studies/NAME --collect`
-makes the page with the figures (metric against sparsity, operations and bytes) from the same records.
+Made by `python tools/make_results.py --out RESULTS.md` from the records of runs in `examples/studies/*/runs.jsonl`.
+Each section names the command that trained them; with `--collect` it makes the page with the figures from the records.
 """
 
 
