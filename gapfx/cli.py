@@ -14,6 +14,38 @@ from typing import Annotated, Any
 
 import typer
 
+from gapfx.cli_flags import (
+    AllocationOption,
+    BatchSize,
+    BenchSeconds,
+    Calibrate,
+    Debug,
+    Dense,
+    FinetuneEpochs,
+    GroupGlobs,
+    Groups,
+    Growth,
+    Kernels,
+    Method,
+    MicroBatch,
+    PartitionOption,
+    Passes,
+    PatternOption,
+    PhaseEpochs,
+    PhaseLr,
+    PlanOption,
+    PruneEmbeddings,
+    RegrowWarmup,
+    Replicas,
+    Rounds,
+    Seed,
+    ShowPasses,
+    Sparsity,
+    StepsPerEpoch,
+    TaskArgument,
+    Test,
+    UpdateSteps,
+)
 from gapfx.errors import GapfxError, Interrupted, UserError
 from gapfx.kernels import setting
 
@@ -32,59 +64,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-TaskArgument = Annotated[str, typer.Argument(help="Task file, a Python file with model(), data() and loss().")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of zeros in each planned weight, such as 0.9.")]
-Groups = Annotated[str | None, typer.Option(help="Number of groups that grow in turn, or auto.")]
-PartitionOption = Annotated[str | None, typer.Option(help="blocks, params, stages, random or by-hand.")]
-GroupGlobs = Annotated[list[str] | None, typer.Option(help="Weights of one group by hand, globs joined by |.")]
-PatternOption = Annotated[
-    str | None, typer.Option(help="unstructured, N:M (2:4), block:RxC (block:4x1), or auto: by what is faster here.")
-]
-AllocationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Sparsity of each weight: uniform, erk by its shape, or global: at each prune one threshold over all "
-        "unstructured weights of a group."
-    ),
-]
-Dense = Annotated[list[str] | None, typer.Option(help="Weights that stay dense: globs, or first, or last.")]
-PruneEmbeddings = Annotated[bool | None, typer.Option(help="Prune embeddings too.")]
-Method = Annotated[
-    str | None, typer.Option(help="gap, pgap, rgap, acdc, gmp, oneshot, imp, set, rigl, st3, snip, static or dense.")
-]
-Replicas = Annotated[int | None, typer.Option(help="Models that pgap trains side by side; one a group by default.")]
-Rounds = Annotated[int | None, typer.Option(help="Turns over all groups.")]
-PhaseEpochs = Annotated[float | None, typer.Option(help="Epochs for which a group is dense.")]
-FinetuneEpochs = Annotated[float | None, typer.Option(help="Epochs with all masks fixed at the end.")]
-UpdateSteps = Annotated[int | None, typer.Option(help="Steps between two updates of masks in set and rigl.")]
-StepsPerEpoch = Annotated[int | None, typer.Option(help="For data without a length.")]
-BatchSize = Annotated[int | None, typer.Option(help="Samples of an optimizer step over all ranks.")]
-MicroBatch = Annotated[int | None, typer.Option(help="Samples a rank takes at once; the rest is accumulated.")]
-Kernels = Annotated[
-    str | None, typer.Option(help="How sparse products run: expand (made dense), sparse (skips zeros), or auto.")
-]
-Calibrate = Annotated[
-    bool | None, typer.Option("--calibrate/--no-calibrate", help="Measure kernels here, or take stored break-evens.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-PlanOption = Annotated[Path | None, typer.Option(help="Use this plan.json, edited by hand for example.")]
-Passes = Annotated[str | None, typer.Option(help="Pipeline as text: 'partition{groups=4},insert-masks'.")]
-ShowPasses = Annotated[bool, typer.Option("--show-passes", help="Show what each pass changed in the graphs.")]
-BenchSeconds = Annotated[
-    float, typer.Option(help="Time for all of it, about; a compilation that has begun is not broken off.", min=1)
-]
-PhaseLr = Annotated[
-    str | None, typer.Option(help="Learning rate at a new phase of gap, pgap and oneshot: restart or continue.")
-]
-Growth = Annotated[
-    str | None, typer.Option(help="What grown weights start from: zero, or saved, the values before their prune.")
-]
-Test = Annotated[bool | None, typer.Option("--test/--no-test", help='Evaluate on data("test") too, once, at the end.')]
-RegrowWarmup = Annotated[
-    int | None, typer.Option(help="Steps over which updates of newly grown weights rise to full size, 0 for none.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
 @app.command()
@@ -256,6 +235,23 @@ def compare(
     with _alone_on_stdout(as_json):
         text = compare_study(study, out, parallel, collect=collect, as_json=as_json)
     typer.echo(text)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(help="Run directory, .gapfx file, or dense safetensors (file or folder).")],
+    to: Annotated[str, typer.Option(help="gapfx, safetensors, csr, 2:4, onnx or program.")],
+    out: Annotated[Path | None, typer.Option(help="File or folder to write; beside the source by default.")] = None,
+    compress: Annotated[bool, typer.Option("--compress", help="gapfx: compress values too (needs zstandard).")] = False,
+    shard_mib: Annotated[int, typer.Option(help="safetensors: files of at most so many MiB, 0 for one.", min=0)] = 0,
+    sparse: Annotated[bool, typer.Option("--sparse", help="onnx: sparse weights as sparse initialisers.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a trained model in another form, and check that it computes the same where it can be run."""
+    from gapfx.export import ExportOptions, export
+
+    typer.echo(export(source, to, out, ExportOptions(compress, shard_mib, sparse), force=force))
 
 
 @app.command()

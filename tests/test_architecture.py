@@ -76,12 +76,14 @@ MAY_IMPORT = {
     "two_of_four": "plan",
     "origin": "errors io plan run_dir",
     "loading": "errors plan masks kernels ops task compiler passes sparse training two_of_four origin",
+    "export": "errors io plan run_dir origin loading",
     "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
     "two_of_four loading",
     "flops": "plan",
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
-    "cli": "errors commands doctor kernels",
+    "cli_flags": ALLOWED_NOTHING,
+    "cli": "errors commands cli_flags doctor export kernels",
 }
 # Above compiler and runtime: imported by each other alone.
 TOP_PARTS = {
@@ -90,6 +92,7 @@ TOP_PARTS = {
     "cli",
     "commands",
     "compare",
+    "export",
     "loading",
     "model_file",
     "recording",

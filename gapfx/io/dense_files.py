@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -162,12 +161,6 @@ class InMemory:
     def tensor(self, key: str) -> Tensor:
         """The tensor."""
         return self._tensors[key]
-
-
-def num_bytes_of(source: Source) -> int:
-    """Bytes of all tensors, dense."""
-    likes = (source.like(key) for key in source.keys())  # noqa: SIM118
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in likes)
 
 
 def _broken(path: Path, what: str) -> FileError:
