@@ -25,3 +25,12 @@ def test_a_tool_runs_by_its_path_alone(name: str, tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "Usage" in ended.stdout
+
+
+@pytest.mark.slow
+def test_no_damaged_file_is_taken_for_a_good_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "fuzz_files.py"), "--cases", "2000", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout
+    assert ", 0 failures, 0 crashes" in ended.stdout
+    assert "bytes: refused" in ended.stdout

@@ -6,6 +6,7 @@ tensors one after another (https://github.com/huggingface/safetensors). Reading 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -60,6 +61,13 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    found = hashlib.sha256(f"{TYPES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    found.update(raw(tensor))
+    return found.hexdigest()
 
 
 def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:

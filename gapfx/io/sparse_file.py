@@ -2,8 +2,8 @@
 
 The container holds every tensor of a model under its own key. Of a sparse weight these are the live values in flat
 order, and beside them `KEY:mask`, a bit a weight or, where that is smaller, the gaps between live weights
-(gapfx.io.mask_code). The metadata has an entry `gapfx`, JSON of an Index. Nothing in a file is executed, and nothing is
-allocated by a number of the file before it was held against the number of its bytes.
+(gapfx.io.mask_code). The metadata has an entry `gapfx`, JSON of an Index, with its SHA-256 beside it. Nothing in a file
+is executed, and nothing is allocated by a number of the file before it was held against the number of its bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from gapfx.errors import FileError, PlanError
 from gapfx.io import mask_code, value_code
-from gapfx.io.container import DTYPES, raw
+from gapfx.io.container import DTYPES, TYPES, digest
 from gapfx.masks import count_kept, num_bytes
 from gapfx.ops.expand import dense_of
 from gapfx.plan import Plan
 from gapfx.typed_json import parse
 
 FORMAT_VERSION = 1
-ENTRY = "gapfx"
+ENTRY, CHECK = "gapfx", "gapfx_sha256"
 # Weights of a tensor for each byte that the file holds of it: more are taken for an attack.
 MOST_WEIGHTS_PER_BYTE = 4096
 
@@ -62,7 +62,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Hash:
-    """SHA-256 of the bytes of one tensor of the container."""
+    """SHA-256 of one tensor of the container, see gapfx.io.container.digest."""
 
     key: str
     sha256: str
@@ -78,6 +78,11 @@ class Index:
     plan: str
     weights: tuple[StoredWeight, ...]
     hashes: tuple[Hash, ...]
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of the index, which stands beside it."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def mask_key(key: str) -> str:
@@ -181,9 +186,12 @@ class SparseFile:
         return dense_of(self.values(key).view(-1, 1), self.bits(key), weight.shape)
 
     def _read_index(self) -> Index:
-        text = (self._file.metadata() or {}).get(ENTRY)
+        metadata = self._file.metadata() or {}
+        text = metadata.get(ENTRY)
         if text is None:
             raise self._error("the file is no sparse file: it has no index")
+        if text_digest(text) != metadata.get(CHECK):
+            raise self._error("its index is damaged: it has not its own SHA-256")
         try:
             found: Index = parse(Index, json.loads(text), "its index")
         except (ValueError, RecursionError) as error:
@@ -233,8 +241,8 @@ class SparseFile:
             tensor: Tensor = self._file.get_tensor(key)
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise self._error(f"{key} cannot be read: {error}") from error
-        if hashlib.sha256(raw(tensor)).hexdigest() != self._hashes[key]:
-            raise self._error(f"{key} is damaged: its bytes do not have the SHA-256 of its index")
+        if tensor.dtype not in TYPES or digest(tensor) != self._hashes[key]:
+            raise self._error(f"{key} is damaged: it has not the SHA-256 that its index tells")
         return tensor
 
     def _error(self, what: str) -> FileError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gapfx.io import mask_code, value_code
-from gapfx.io.container import TYPES, Entry, raw, write_tensors
+from gapfx.io.container import TYPES, Entry, digest, write_tensors
 from gapfx.io.dense_files import Source
-from gapfx.io.sparse_file import ENTRY, FORMAT_VERSION, Hash, Index, StoredWeight, mask_key
+from gapfx.io.sparse_file import CHECK, ENTRY, FORMAT_VERSION, Hash, Index, StoredWeight, mask_key, text_digest
 from gapfx.masks import count_kept, num_bytes, pack
 from gapfx.ops.expand import packed_of
 from gapfx.plan import Plan, Weight
@@ -64,10 +63,11 @@ def write_sparse(
         made, weight = _values(source, key, coded, is_compressed)
         entries += [made, Entry(mask_key(key), torch.uint8, tuple(coded.mask.shape), partial(_same, coded.mask))]
         stored.append(weight)
-    hashes = tuple(Hash(entry.key, hashlib.sha256(raw(entry.make())).hexdigest()) for entry in entries)
+    hashes = tuple(Hash(entry.key, digest(entry.make())) for entry in entries)
     versions = (importlib.metadata.version("gapfx"), torch.__version__)
     index = Index(FORMAT_VERSION, *versions, plan.to_json() if plan else "", tuple(stored), hashes)
-    write_tensors(path, entries, {"format": "gapfx", ENTRY: json.dumps(dataclasses.asdict(index))})
+    text = json.dumps(dataclasses.asdict(index))
+    write_tensors(path, entries, {"format": "gapfx", ENTRY: text, CHECK: text_digest(text)})
     return index
 
 
