@@ -76,6 +76,8 @@ MAY_IMPORT = {
     "two_of_four": "plan",
     "origin": "errors io plan run_dir",
     "loading": "errors plan masks kernels ops task compiler passes sparse training two_of_four origin",
+    "holding": "errors plan pattern criterion masks runtime",
+    "hf": "errors plan masks holding",
     "export": "errors io plan run_dir origin loading",
     "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
     "two_of_four loading",
