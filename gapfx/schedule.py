@@ -25,7 +25,8 @@ class Budget:
     `state` and `lr` say what happens to the optimizer state and the learning rate where a growing phase begins, and
     `growth` what weights start from that grow again; `replicas` is the number of models that `pgap` trains side by
     side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and `rigl`, whose phases those
-    are; `seed` draws what a schedule draws; `sparsity` is the target of the whole plan.
+    are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a group goes back to its target,
+    further each time; `sparsity` is the target of the whole plan.
     """
 
     rounds: int
@@ -37,6 +38,7 @@ class Budget:
     seed: int = 0
     growth: GrowthRule = "zero"
     lr: LrRule = "restart"
+    landing: int = 1
     sparsity: float = 0.0
 
 
@@ -74,22 +76,33 @@ def rgap(budget: Budget, num_groups: int) -> Schedule:
 
 def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
     """Each group grown alone, in the order given for each round; then a full fine-tune."""
+    if budget.landing > 1 and (budget.lr, budget.state) != ("continue", "carry"):
+        raise UserError(
+            "a landing in several prunes needs one learning rate and one optimizer state",
+            fix="give --phase-lr continue --state carry too, or --landing 1",
+        )
     turns = [(turn, group) for turn, order in enumerate(orders) for group in order]
-    phases = [
-        Phase(
-            f"round {turn + 1} group {group + 1}",
-            start=index * budget.phase_steps,
-            stop=(index + 1) * budget.phase_steps,
-            grow=(group,),
+    phases = [part for index, turn in enumerate(turns) for part in _turn(budget, index, *turn)]
+    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
+
+
+def _turn(budget: Budget, index: int, turn: int, group: int) -> Iterator[Phase]:
+    """One group from its growth to its prune, which may take several, further and further as in `gmp`."""
+    first, num_parts = index * budget.phase_steps, min(budget.landing, budget.phase_steps)
+    bounds = [first + budget.phase_steps * part // num_parts for part in range(num_parts + 1)]
+    for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        yield Phase(
+            f"round {turn + 1} group {group + 1}" + (f", pruned {part} of {num_parts} times" if part else ""),
+            start=start,
+            stop=stop,
+            grow=() if part else (group,),
             prune=(group,),
             round=turn,
             state=budget.state,
             lr=budget.lr,
-            growth=budget.growth,
+            growth="zero" if part else budget.growth,
+            depth=1 - (1 - (part + 1) / num_parts) ** 3,
         )
-        for index, (turn, group) in enumerate(turns)
-    ]
-    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
 
 
 @SCHEDULES.register("pgap")
@@ -308,7 +321,13 @@ def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
     maker = SCHEDULES[method]
     if not plan.groups:
         raise UserError("the plan has no groups", fix="`gapfx plan TASK` shows why each weight stays dense")
-    if budget.rounds < 1 or budget.phase_steps < 1 or budget.finetune_steps < 0 or budget.update_steps < 1:
+    if (
+        budget.rounds < 1
+        or budget.phase_steps < 1
+        or budget.finetune_steps < 0
+        or budget.update_steps < 1
+        or budget.landing < 1
+    ):
         raise UserError(
             f"no schedule of {budget.rounds} rounds, {budget.phase_steps} steps a phase, "
             f"{budget.finetune_steps} steps of fine-tuning",

@@ -41,6 +41,7 @@ class Settings:
     regrow_warmup: int = 0
     phase_lr: Literal["restart", "continue"] = "restart"
     growth: Literal["zero", "saved"] = "zero"
+    landing: int = 1
     update_steps: int = 100
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1
@@ -105,6 +106,7 @@ _LOWEST: Mapping[str, float] = {
     "lr_scale": 0,
     "regrow_warmup": 0,
     "update_steps": 1,
+    "landing": 1,
     "nproc": 1,
     "log_every": 1,
     "eval_epochs": 0,

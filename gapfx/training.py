@@ -255,7 +255,7 @@ def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
     epochs = settings.phase_epochs, settings.finetune_epochs
     phase_steps, finetune_steps = (round(number * feed.steps_per_epoch) for number in epochs)
     fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
-    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed)
+    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, settings.landing)
     return with_schedule(plan, settings.method, budget)
 
 

@@ -188,6 +188,32 @@ def test_growth_from_saved_values_is_in_every_growing_phase(method: str) -> None
     assert {phase.growth for phase in phases if phase.grow} == {"saved"}
 
 
+@given(BUDGETS, st.integers(1, 6), st.integers(1, 6))
+def test_a_landing_prunes_a_group_further_and_further_within_its_turn(
+    budget: Budget, num_groups: int, landing: int
+) -> None:
+    budget = dataclasses.replace(budget, landing=landing, state="carry", lr="continue")
+    plan = with_schedule(plan_of(num_groups), "gap", budget)
+    plan.validate()
+    num_parts = min(landing, budget.phase_steps)
+    pruning = [phase for phase in plan.phases if phase.prune]
+    assert [phase.prune for phase in pruning] == [
+        (group,) for _ in range(budget.rounds) for group in range(num_groups) for _ in range(num_parts)
+    ]
+    for first in range(0, len(pruning), num_parts):
+        parts = pruning[first : first + num_parts]
+        assert [bool(phase.grow) for phase in parts] == [True] + [False] * (num_parts - 1)
+        assert [phase.depth for phase in parts] == pytest.approx(
+            [1 - (1 - k / num_parts) ** 3 for k in range(1, num_parts + 1)]
+        )
+        assert parts[-1].stop - parts[0].start == budget.phase_steps
+
+
+def test_a_landing_needs_one_learning_rate() -> None:
+    with pytest.raises(UserError, match="needs one learning rate and one optimizer state"):
+        with_schedule(plan_of(3), "gap", Budget(2, 5, 3, landing=2))
+
+
 def test_replicas_grow_from_zero() -> None:
     with pytest.raises(UserError, match="weights of pgap grow from zero"):
         with_schedule(plan_of(3), "pgap", Budget(2, 5, 3, growth="saved"))
