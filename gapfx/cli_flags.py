@@ -55,6 +55,9 @@ Growth = Annotated[
     str | None, typer.Option(help="What grown weights start from: zero, or saved, the values before their prune.")
 ]
 Test = Annotated[bool | None, typer.Option("--test/--no-test", help='Evaluate on data("test") too, once, at the end.')]
+Init = Annotated[
+    str | None, typer.Option(help="Weights to begin with: a run, a .gapfx file, or dense safetensors (file or folder).")
+]
 Landing = Annotated[
     int | None, typer.Option(help="Prunes in which a group of gap goes back to its target, further each time.")
 ]

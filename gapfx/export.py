@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gapfx.errors import UserError
-from gapfx.io.dense_files import DenseFiles, Source, write_dense
+from gapfx.io.dense_files import Source, write_dense
 from gapfx.io.forms import TwoOfFour, csr_of
 from gapfx.io.onnx_file import run_onnx, write_onnx
-from gapfx.io.sparse_file import ENTRY, SparseFile, open_sparse
+from gapfx.io.sparse_file import SparseFile, open_sparse
 from gapfx.io.write_sparse import write_sparse
 from gapfx.loading import load_dense
-from gapfx.origin import Origin
-from gapfx.plan import Plan
+from gapfx.origin import Origin, is_sparse_file, opened
 from gapfx.run_dir import RunDir
 
 Form = Literal["gapfx", "safetensors", "csr", "2:4", "onnx", "program"]
@@ -70,41 +67,6 @@ def _default_out(source: Path, form: Form, options: ExportOptions) -> Path:
     return source / f"model{SUFFIXES[form]}" if source.is_dir() else source.with_suffix(SUFFIXES[form])
 
 
-@contextmanager
-def opened(source: Path) -> Generator[tuple[Source, Plan | None, Mapping[str, Tensor] | None]]:
-    """The tensors of a run, a sparse file, or dense safetensors; their plan and packed masks, if known."""
-    if _is_sparse(source):
-        with open_sparse(source) as file:
-            yield file, file.plan, _bits(file)
-    elif source.is_dir() and (source / "config.json").is_file() and (source / "plan.json").is_file():
-        plan = Origin(source).plan()
-        if not RunDir(source).sparse.is_file():
-            with DenseFiles(RunDir(source).model) as dense:
-                yield dense, plan, None
-            return
-        with open_sparse(RunDir(source).sparse) as file:
-            yield file, plan, _bits(file)
-    elif source.exists():
-        with DenseFiles(source) as dense:
-            yield dense, None, None
-    else:
-        raise UserError(f"{source} does not exist", fix="give a run directory, a .gapfx or a .safetensors file")
-
-
-def _bits(file: SparseFile) -> dict[str, Tensor]:
-    return {weight.key: file.bits(weight.key) for weight in file.index.weights}
-
-
-def _is_sparse(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return ENTRY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return path.suffix == SUFFIXES["gapfx"]  # whoever opens it says what is wrong
-
-
 def _write_gapfx(source: Path, path: Path, options: ExportOptions) -> str:
     with opened(source) as (tensors, plan, masks):
         index = write_sparse(path, tensors, plan=plan, masks=masks, is_compressed=options.is_compressed)
@@ -142,7 +104,7 @@ def _write_two_of_four(source: Path, path: Path, options: ExportOptions) -> str:
 
 def _write_sparse_weights(source: Path, path: Path, make: Callable[[SparseFile, str], object], words: str) -> str:
     """A state_dict by torch.save, its sparse weights in another form; torch.load(weights_only=True) reads it."""
-    sparse = source if _is_sparse(source) else RunDir(source).sparse
+    sparse = source if is_sparse_file(source) else RunDir(source).sparse
     if not sparse.is_file():
         raise UserError(f"{source} has no sparse weights", fix="export it --to gapfx first, and take that file")
     with open_sparse(sparse) as file:

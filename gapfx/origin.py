@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gapfx.errors import FileError, UserError
 from gapfx.io.dense_files import DenseFiles, Source
-from gapfx.io.sparse_file import open_sparse
+from gapfx.io.sparse_file import ENTRY, SparseFile, open_sparse
 from gapfx.plan import Plan
 from gapfx.run_dir import RunDir
+
+SUFFIX = ".gapfx"
 
 
 @dataclass(frozen=True)
@@ -69,23 +74,65 @@ class Origin:
             ) from error
 
 
+@contextmanager
+def opened(source: Path) -> Generator[tuple[Source, Plan | None, Mapping[str, Tensor] | None]]:
+    """The tensors of a run, a sparse file, or dense safetensors; their plan and packed masks, if known."""
+    if is_sparse_file(source):
+        with open_sparse(source) as file:
+            yield file, file.plan, _bits(file)
+    elif source.is_dir() and (source / "config.json").is_file() and (source / "plan.json").is_file():
+        plan = Origin(source).plan()
+        if not RunDir(source).sparse.is_file():
+            with DenseFiles(RunDir(source).model) as dense:
+                yield dense, plan, None
+            return
+        with open_sparse(RunDir(source).sparse) as file:
+            yield file, plan, _bits(file)
+    elif source.exists():
+        with DenseFiles(source) as dense:
+            yield dense, None, None
+    else:
+        raise UserError(f"{source} does not exist", fix="give a run directory, a .gapfx or a .safetensors file")
+
+
+def _bits(file: SparseFile) -> dict[str, Tensor]:
+    return {weight.key: file.bits(weight.key) for weight in file.index.weights}
+
+
+def is_sparse_file(path: Path) -> bool:
+    """Whether a file is a sparse one, or is called so."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return ENTRY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return path.suffix == SUFFIX  # whoever opens it says what is wrong
+
+
+def fill_from(module: nn.Module, path: Path) -> None:
+    """Give a module the weights of a run, a sparse file or dense safetensors. Raises UserError for another model's."""
+    with opened(path) as (tensors, _, _):
+        copy_into(module, tensors, path)
+
+
 def copy_into(module: nn.Module, source: Source, where: Path) -> None:
     """Copy all tensors of a source into the module. Raises UserError unless keys and shapes are those of its state."""
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     keys = set(source.keys())
     lacking, spare = sorted(own.keys() - keys), sorted(keys - own.keys())
     if lacking or spare:
-        raise _another_model(where, f"the run has no {lacking[0]!r}" if lacking else f"it has no {spare[0]!r}")
+        raise _another_model(where, f"it has no {lacking[0]!r}" if lacking else f"the model has no {spare[0]!r}")
     for key, value in own.items():
         _, shape = source.like(key)
         if shape != tuple(value.shape):
-            raise _another_model(where, f"{key} is {list(value.shape)}, in the run {list(shape)}")
+            raise _another_model(where, f"{key} is {list(value.shape)} in the model, {list(shape)} in it")
         module.load_state_dict({key: source.tensor(key)}, strict=False)
 
 
 def _another_model(where: Path, what: str) -> UserError:
     return UserError(
-        f"the run is of another model: {what}",
+        f"these are weights of another model: {what}",
         where=str(where),
         fix="give the model, or the task file, that the run was started with",
     )

@@ -28,6 +28,7 @@ class Settings:
     dense: tuple[str, ...] = ()
     prune_embeddings: bool = False
     passes: str = ""
+    init: str = ""
     replicas: int = 0
     rounds: int = 1
     phase_epochs: float = 1.0

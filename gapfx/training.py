@@ -8,28 +8,29 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
 from gapfx.compiler import Observer, Watcher
 from gapfx.errors import TaskError
+from gapfx.metrics import metrics_on
+from gapfx.origin import fill_from
 from gapfx.plan import Plan
 from gapfx.progress import SilentProgress, open_progress
 from gapfx.recording import Recording
 from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import check_model, load_checkpoint
-from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, local_device, optimizer_for, process_group
+from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, optimizer_for, process_group
 from gapfx.runtime.evaluation import Evaluate
-from gapfx.runtime.feed import DeviceLoader, Feed, blaming_data, is_map_style, whole_loader
+from gapfx.runtime.feed import Feed, blaming_data, is_map_style, whole_loader
 from gapfx.runtime.grow_prune import check_prunes
 from gapfx.runtime.learning_rate import scaled, warmup_cosine
 from gapfx.runtime.loop import initial_state, train
@@ -191,6 +192,8 @@ def compile_task(task: Task, settings: Settings, feed: Feed, plan: Plan | None, 
     with _building(settings, feed, request) as building:
         with building:
             model = build_model(task, settings)
+            if settings.init and not request.resume:
+                fill_from(model, Path(settings.init))
         first, second = _two_batches(task, settings, feed)
         return compile_model(
             model,
@@ -256,7 +259,10 @@ def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
     phase_steps, finetune_steps = (round(number * feed.steps_per_epoch) for number in epochs)
     fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
     budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, settings.landing)
-    return with_schedule(plan, settings.method, budget)
+    made = with_schedule(plan, settings.method, budget)
+    # Weights that were trained already are worth more than chance.
+    is_chance = bool(settings.init) and made.start_masks == "random"
+    return dataclasses.replace(made, start_masks=settings.criterion) if is_chance else made
 
 
 def _job(task: Task, settings: Settings, run: RunDir, feed: Feed, compiled: Compiled) -> Job:
@@ -302,39 +308,7 @@ def _adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def make_evaluate(task: Task, settings: Settings, split: str) -> Evaluate:
     """Metrics of a module on `data(split)`: the task's own, else the mean loss."""
-    data = load_data(task, settings, split)
-    loader = whole_loader(data, settings.batch_size, task.collate or default_collate)
-
-    def evaluate(module: nn.Module, before_batch: Callable[[], object]) -> dict[str, float]:
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        moved = DeviceLoader(loader, local_device(), dtype, before_batch)
-        metrics = task.evaluate(module, moved) if task.evaluate else {"loss": _mean_loss(task, module, moved)}
-        return _checked_metrics(metrics, task)
-
-    return evaluate
-
-
-def _checked_metrics(metrics: object, task: Task) -> dict[str, float]:
-    wrong = TaskError(
-        f"evaluate() returned {metrics!r:.80}", where=str(task.path), fix='return numbers by name, {"accuracy": 0.9}'
-    )
-    if not isinstance(metrics, Mapping) or not metrics:
-        raise wrong
-    try:
-        return {str(name): float(value) for name, value in cast(Mapping[str, Any], metrics).items()}
-    except (TypeError, ValueError):
-        raise wrong from None
-
-
-def _mean_loss(task: Task, module: nn.Module, loader: DeviceLoader) -> float:
-    assert task.loss is not None
-    total, count = 0.0, 0
-    for batch in loader:
-        size = next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-        total, count = total + float(task.loss(module, batch)) * size, count + size
-    if not count:
-        raise TaskError('data("val") is empty', where=str(task.path), fix="return at least one sample")
-    return total / count
+    return metrics_on(task, load_data(task, settings, split), settings.batch_size)
 
 
 def _check_run(run: RunDir, settings: Settings, request: Request) -> None:

@@ -72,7 +72,9 @@ MAY_IMPORT = {
     "recording": "errors plan settings run_dir progress runtime",
     "model_file": "errors io runtime",
     "results": "errors io plan masks settings task run_dir report model_file runtime",
-    "training": "errors plan schedule settings task run_dir progress compiler sparse runtime recording results",
+    "metrics": "errors task runtime",
+    "training": "errors metrics origin plan schedule settings task run_dir progress compiler sparse runtime recording "
+    "results",
     "two_of_four": "plan",
     "origin": "errors io plan run_dir",
     "loading": "errors plan masks kernels ops task compiler passes sparse training two_of_four origin",
@@ -96,6 +98,7 @@ TOP_PARTS = {
     "compare",
     "export",
     "loading",
+    "metrics",
     "model_file",
     "recording",
     "results",

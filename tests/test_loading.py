@@ -66,7 +66,7 @@ def test_a_sparse_file_loads_as_its_run_does(run: Path) -> None:
     assert {weight.fqn for weight in loaded.weights} == {weight.fqn for weight in load_run(run).plan.weights()}
     with pytest.raises(UserError, match="a sparse file does not say how its model is built"):
         gapfx.load(run / "model.gapfx")
-    with pytest.raises(UserError, match="the run is of another model"):
+    with pytest.raises(UserError, match="of another model"):
         gapfx.load(run / "model.gapfx", model=nn.Linear(8, 4), args=(x,))
 
 
@@ -330,7 +330,7 @@ def test_a_run_on_cuda_computes_what_the_dense_model_does(tmp_path: Path) -> Non
 
 
 def test_another_model_is_told(run: Path) -> None:
-    with pytest.raises(UserError, match=r"of another model: the run has no '0.bias'"):
+    with pytest.raises(UserError, match=r"of another model: it has no '0.bias'"):
         gapfx.load(run, model=nn.Sequential(nn.Linear(8, 8)), args=(torch.randn(1, 8),))
     wider = load_task(runs.TASK).model()
     wider.head = nn.Linear(16, 5)

@@ -64,6 +64,8 @@ def mutated_bytes(content: bytes, draw: random.Random) -> bytes:
     """The bytes with a few changed, cut, doubled, or moved."""
     data = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 8))):
+        if not data:
+            break
         place, length = draw.randrange(len(data)), draw.choice((1, 1, 2, 8, 64))
         kind = draw.randrange(5)
         if kind == 0:
