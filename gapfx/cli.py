@@ -14,40 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gapfx.cli_flags import (
-    AllocationOption,
-    BatchSize,
-    BenchSeconds,
-    Calibrate,
-    Debug,
-    Dense,
-    FinetuneEpochs,
-    GroupGlobs,
-    Groups,
-    Growth,
-    Init,
-    Kernels,
-    Landing,
-    Method,
-    MicroBatch,
-    PartitionOption,
-    Passes,
-    PatternOption,
-    PhaseEpochs,
-    PhaseLr,
-    PlanOption,
-    PruneEmbeddings,
-    RegrowWarmup,
-    Replicas,
-    Rounds,
-    Seed,
-    ShowPasses,
-    Sparsity,
-    StepsPerEpoch,
-    TaskArgument,
-    Test,
-    UpdateSteps,
-)
+from gapfx import cli_flags as flag
 from gapfx.errors import GapfxError, Interrupted, UserError
 from gapfx.kernels import setting
 
@@ -70,56 +37,54 @@ app = typer.Typer(
 
 @app.command()
 def sparsify(
-    task: TaskArgument,
+    task: flag.TaskArgument,
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK-METHOD by default.")] = None,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    groups: Groups = None,
-    partition: PartitionOption = None,
-    group: GroupGlobs = None,
-    pattern: PatternOption = None,
-    allocation: AllocationOption = None,
+    method: flag.Method = None,
+    sparsity: flag.Sparsity = None,
+    groups: flag.Groups = None,
+    partition: flag.PartitionOption = None,
+    group: flag.GroupGlobs = None,
+    pattern: flag.PatternOption = None,
+    allocation: flag.AllocationOption = None,
     criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude, snip or random.")] = None,
-    dense: Dense = None,
-    prune_embeddings: PruneEmbeddings = None,
-    replicas: Replicas = None,
-    rounds: Rounds = None,
-    phase_epochs: PhaseEpochs = None,
-    finetune_epochs: FinetuneEpochs = None,
-    update_steps: UpdateSteps = None,
-    steps_per_epoch: StepsPerEpoch = None,
-    batch_size: BatchSize = None,
-    micro_batch: MicroBatch = None,
+    dense: flag.Dense = None,
+    prune_embeddings: flag.PruneEmbeddings = None,
+    replicas: flag.Replicas = None,
+    rounds: flag.Rounds = None,
+    phase_epochs: flag.PhaseEpochs = None,
+    finetune_epochs: flag.FinetuneEpochs = None,
+    update_steps: flag.UpdateSteps = None,
+    steps_per_epoch: flag.StepsPerEpoch = None,
+    batch_size: flag.BatchSize = None,
+    micro_batch: flag.MicroBatch = None,
     clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
     lr_scale: Annotated[float | None, typer.Option(help="Factor of the learning rate of the whole run.")] = None,
     state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
-    phase_lr: PhaseLr = None,
-    growth: Growth = None,
-    landing: Landing = None,
-    regrow_warmup: RegrowWarmup = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; 3 shards the weights too.")] = None,
+    phase_lr: flag.PhaseLr = None,
+    growth: flag.Growth = None,
+    landing: flag.Landing = None,
+    regrow_warmup: flag.RegrowWarmup = None,
+    dtype: flag.Dtype = None,
+    zero: flag.Zero = None,
     deepspeed: Annotated[str | None, typer.Option(help="DeepSpeed JSON file; what gapfx decides may be auto.")] = None,
-    form: Annotated[
-        str | None, typer.Option(help="How a sparse weight is held: compact (live values alone), or masked.")
-    ] = None,
-    kernels: Kernels = None,
-    calibrate: Calibrate = None,
+    form: flag.FormOption = None,
+    kernels: flag.Kernels = None,
+    calibrate: flag.Calibrate = None,
     nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
-    seed: Seed = None,
-    test: Test = None,
+    seed: flag.Seed = None,
+    test: flag.Test = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
     eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Checkpoints that are kept.")] = None,
-    plan: PlanOption = None,
-    passes: Passes = None,
-    init: Init = None,
-    show_passes: ShowPasses = False,
+    plan: flag.PlanOption = None,
+    passes: flag.Passes = None,
+    init: flag.Init = None,
+    show_passes: flag.ShowPasses = False,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
-    debug: Debug = False,
+    debug: flag.Debug = False,
 ) -> None:
     """Train TASK sparse from scratch and write the run directory."""
     flags = _given(locals(), "task", "out", "plan", "show_passes", "entry", "resume", "force", "debug")
@@ -133,34 +98,39 @@ def sparsify(
 
 @app.command("plan")
 def plan_command(
-    task: TaskArgument,
-    method: Method = None,
-    sparsity: Sparsity = None,
-    groups: Groups = None,
-    partition: PartitionOption = None,
-    group: GroupGlobs = None,
-    pattern: PatternOption = None,
-    allocation: AllocationOption = None,
-    dense: Dense = None,
-    prune_embeddings: PruneEmbeddings = None,
-    replicas: Replicas = None,
-    rounds: Rounds = None,
-    phase_epochs: PhaseEpochs = None,
-    finetune_epochs: FinetuneEpochs = None,
-    update_steps: UpdateSteps = None,
-    steps_per_epoch: StepsPerEpoch = None,
-    batch_size: BatchSize = None,
-    micro_batch: MicroBatch = None,
-    kernels: Kernels = None,
-    calibrate: Calibrate = None,
-    seed: Seed = None,
-    plan: PlanOption = None,
-    passes: Passes = None,
-    show_passes: ShowPasses = False,
+    task: flag.TaskArgument,
+    method: flag.Method = None,
+    sparsity: flag.Sparsity = None,
+    groups: flag.Groups = None,
+    partition: flag.PartitionOption = None,
+    group: flag.GroupGlobs = None,
+    pattern: flag.PatternOption = None,
+    allocation: flag.AllocationOption = None,
+    dense: flag.Dense = None,
+    prune_embeddings: flag.PruneEmbeddings = None,
+    replicas: flag.Replicas = None,
+    rounds: flag.Rounds = None,
+    phase_epochs: flag.PhaseEpochs = None,
+    finetune_epochs: flag.FinetuneEpochs = None,
+    update_steps: flag.UpdateSteps = None,
+    steps_per_epoch: flag.StepsPerEpoch = None,
+    batch_size: flag.BatchSize = None,
+    micro_batch: flag.MicroBatch = None,
+    dtype: flag.Dtype = None,
+    zero: flag.Zero = None,
+    form: flag.FormOption = None,
+    kernels: flag.Kernels = None,
+    calibrate: flag.Calibrate = None,
+    seed: flag.Seed = None,
+    ranks: flag.Ranks = "",
+    memory: flag.Memory = "",
+    device: flag.Device = "",
+    on_meta: flag.OnMeta = False,
+    plan: flag.PlanOption = None,
+    passes: flag.Passes = None,
+    show_passes: flag.ShowPasses = False,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
-    input_shapes: Annotated[
-        str, typer.Option("--input", help="Shapes of the model's inputs for a task without data: '2x3x224x224'.")
-    ] = "",
+    input_shapes: flag.InputShapes = "",
     emit_graph: Annotated[
         Path | None, typer.Option(help="Write the graph of the whole model after every pass to this file.")
     ] = None,
@@ -168,12 +138,13 @@ def plan_command(
         Path | None, typer.Option(help="Draw the layers with the groups in colours into this SVG file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    debug: Debug = False,
+    debug: flag.Debug = False,
 ) -> None:
     """Show groups, sparsity and phases without training."""
-    outside = ("task", "plan", "show_passes", "entry", "input_shapes", "as_json", "debug")
-    flags = _given(locals(), *outside, "emit_graph", "figure", "outside")
-    from gapfx.commands import PlanFiles, Source, show_plan
+    outside = ("task", "plan", "show_passes", "entry", "input_shapes", "as_json", "debug", "ranks", "memory", "device")
+    flags = _given(locals(), *outside, "on_meta", "emit_graph", "figure", "outside")
+    from gapfx.commands import Source
+    from gapfx.planning import Forecast, PlanFiles, show_plan
 
     with _alone_on_stdout(as_json):
         text = show_plan(
@@ -181,6 +152,7 @@ def plan_command(
             input_shapes,
             plan,
             files=PlanFiles(emit_graph, figure),
+            forecast=Forecast(ranks, memory, device, on_meta),
             show_passes=show_passes,
             as_json=as_json,
         )
@@ -190,20 +162,20 @@ def plan_command(
 @app.command()
 def bench(
     task: Annotated[str, typer.Argument(help="Task file, or the directory of a finished run.")],
-    sparsity: Sparsity = None,
-    groups: Groups = None,
-    pattern: PatternOption = None,
-    dense: Dense = None,
-    batch_size: BatchSize = None,
-    micro_batch: MicroBatch = None,
-    kernels: Kernels = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    sparsity: flag.Sparsity = None,
+    groups: flag.Groups = None,
+    pattern: flag.PatternOption = None,
+    dense: flag.Dense = None,
+    batch_size: flag.BatchSize = None,
+    micro_batch: flag.MicroBatch = None,
+    kernels: flag.Kernels = None,
+    dtype: flag.Dtype = None,
     threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2; torch's own by default.")] = "",
-    seconds: BenchSeconds = 60,
+    seconds: flag.BenchSeconds = 60,
     with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
     entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
-    debug: Debug = False,
+    debug: flag.Debug = False,
 ) -> None:
     """Time layers and model of TASK or of a run, dense and sparse, and say what sparsity is worth on this device."""
     flags = _given(locals(), "task", "threads", "seconds", "with_compile", "entry", "as_json", "debug")
@@ -231,7 +203,7 @@ def compare(
     parallel: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.", min=1)] = 1,
     collect: Annotated[bool, typer.Option("--collect", help="Train nothing: show what is finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
-    debug: Debug = False,
+    debug: flag.Debug = False,
 ) -> None:
     """Compare methods on a task at equal epochs and at equal operations, with tables and a page."""
     from gapfx.commands import compare_study
@@ -250,7 +222,7 @@ def export_command(
     shard_mib: Annotated[int, typer.Option(help="safetensors: files of at most so many MiB, 0 for one.", min=0)] = 0,
     sparse: Annotated[bool, typer.Option("--sparse", help="onnx: sparse weights as sparse initialisers.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    debug: Debug = False,
+    debug: flag.Debug = False,
 ) -> None:
     """Write a trained model in another form, and check that it computes the same where it can be run."""
     from gapfx.export import ExportOptions, export
@@ -259,7 +231,7 @@ def export_command(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: Debug = False) -> None:
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: flag.Debug = False) -> None:
     """Write RUN/report.html again and show the result."""
     from gapfx.commands import show_report
 
@@ -267,7 +239,9 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: D
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: flag.Debug = False
+) -> None:
     """Say what this machine offers: versions, devices, threads, memory."""
     from gapfx.doctor import examine, format_findings
 

@@ -58,6 +58,18 @@ Test = Annotated[bool | None, typer.Option("--test/--no-test", help='Evaluate on
 Init = Annotated[
     str | None, typer.Option(help="Weights to begin with: a run, a .gapfx file, or dense safetensors (file or folder).")
 ]
+Ranks = Annotated[str, typer.Option(help="Tell bytes of a rank, traffic and operations for so many: 1,8,64.")]
+Memory = Annotated[str, typer.Option(help="With --ranks: the fewest ranks whose memory this is, such as 80GiB.")]
+Device = Annotated[str, typer.Option("--profile", help="With --ranks: seconds of a step on a100, h100 or h200.")]
+OnMeta = Annotated[bool, typer.Option("--meta", help="Build the model without its weights: for models of any size.")]
+Zero = Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; 3 shards the weights too.")]
+Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.")]
+FormOption = Annotated[
+    str | None, typer.Option(help="How a sparse weight is held: compact (live values alone), or masked.")
+]
+InputShapes = Annotated[
+    str, typer.Option("--input", help="Shapes of the model's inputs for a task without data: '2x3x224x224'.")
+]
 Landing = Annotated[
     int | None, typer.Option(help="Prunes in which a group of gap goes back to its target, further each time.")
 ]

@@ -10,15 +10,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gapfx.errors import PlanError, UserError
 from gapfx.settings import Settings, merge
 from gapfx.task import Task, load_task, split_entry
-
-if TYPE_CHECKING:
-    from gapfx.plan import Plan
-    from gapfx.sparse import Compiled
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def train_task(
         resume=resume,
         force=force,
         plan=plan,
-        observer=_print_pass if show_passes else None,
+        observer=print_pass if show_passes else None,
     )
     summary = run_training(task, settings, request)
     if summary:
@@ -82,127 +78,6 @@ def train_task(
 
         print(format_summary(request.out))
     return 0
-
-
-@dataclass(frozen=True)
-class PlanFiles:
-    """Files that `gapfx plan` writes: the graph after every pass as text, and the figure of the groups."""
-
-    graph: Path | None = None
-    figure: Path | None = None
-
-    def check(self) -> None:
-        """Raises UserError for a folder that does not exist, and for a file that gapfx did not write."""
-        from gapfx.figure import MARKER
-
-        _check_replaceable(self.graph, "# captured", "graph", "--emit-graph")
-        _check_replaceable(self.figure, MARKER, "figure", "--figure")
-
-
-def show_plan(
-    source: Source,
-    input_shapes: str,
-    plan: Path | None,
-    *,
-    files: PlanFiles,
-    show_passes: bool,
-    as_json: bool,
-) -> str:
-    """Groups, weights and phases of a task as text or JSON; writes `files`."""
-    files.check()
-    task, settings = source.load()
-    from gapfx.emit import Emitter
-    from gapfx.figure import Sketch
-    from gapfx.plan import Plan
-    from gapfx.quality import QualityWatch
-    from gapfx.sparse import compile_model
-    from gapfx.text import format_kernels, format_phases, format_plan
-    from gapfx.training import Request, build_model, compile_options, compile_task, make_feed, with_phases
-
-    given = Plan.load(plan) if plan else None
-    emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
-    quality = QualityWatch()
-    watchers = (quality, *(watcher for watcher in (emitter, sketch) if watcher))
-    observer = _print_pass if show_passes else None
-    request = Request(Path(), explain=not as_json, observer=observer, watchers=watchers)
-    if task.data and task.loss and not input_shapes:
-        feed = make_feed(task, settings, rank=0, world_size=1)
-        compiled = compile_task(task, settings, feed, given, request)
-        made = with_phases(compiled.plan, settings, feed)
-    else:
-        model, inputs = build_model(task, settings), _inputs(task, input_shapes)
-        options = dataclasses.replace(compile_options(settings), explain=not as_json)
-
-        def run(module: Any) -> object:
-            return module(*inputs)
-
-        compiled = compile_model(model, run, options, plan=given, observer=observer, watchers=watchers, check=run)
-        made = compiled.plan
-    if files.graph and emitter:
-        files.graph.write_text(emitter.text())
-    if files.figure and sketch:
-        files.figure.write_text(sketch.svg(made, quality.text(made).splitlines()), encoding="utf-8")
-    if as_json:
-        return made.to_json()
-    parts = [
-        format_plan(made),
-        quality.text(made),
-        format_kernels(made),
-        _expected(compiled, made, settings),
-        format_phases(made) if made.phases else "",
-        *(f"note: {note}" for note in compiled.notes),
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _expected(compiled: Compiled, made: Plan, settings: Settings) -> str:
-    """What the chosen kernels should give in a step, and what blocks would."""
-    from gapfx.expectation import describe, expect, why_nothing, with_blocks
-
-    choices = compiled.choices
-    is_measured = all(choice.is_measured for choice in choices.by_weight.values() if choice.kernel == "sparse")
-    is_measured = is_measured and settings.calibrate
-    # Stored figures are ratios: their seconds and those of the whole model have nothing to do with each other.
-    seconds = compiled.dense_seconds if is_measured else 0.0
-    expected = expect(made, choices.by_weight, seconds)
-    if expected is None:
-        return ""
-    if not any(choice.is_measured or choice.kernel == "sparse" for choice in choices.by_weight.values()):
-        return why_nothing(choices.by_weight) + "\n"
-    blocks = with_blocks(made, choices, calibrate=settings.calibrate)
-    with_them = expect(made, blocks, seconds) if blocks else None
-    return describe(expected, with_them, is_measured=is_measured, is_whole=seconds > 0)
-
-
-def _check_replaceable(path: Path | None, marker: str, what: str, flag: str) -> None:
-    """Only a file that begins with what gapfx writes there is replaced."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist", where=flag)
-    if path.exists() and not (path.is_file() and path.read_bytes().startswith(marker.encode())):
-        raise UserError(f"{path} exists and holds no {what} of gapfx", where=flag, fix="name another file")
-
-
-def _inputs(task: Task, text: str) -> tuple[Any, ...]:
-    import torch
-
-    if text:
-        shapes = text.split(",")
-        wrong = [shape for shape in shapes if not re.fullmatch(r"\d+(x\d+)*", shape.strip())]
-        if wrong:
-            raise UserError(
-                f"cannot read the shape {wrong[0]!r}", fix="write --input 2x3x224x224, inputs split by commas"
-            )
-        return tuple(torch.randn(*map(int, shape.strip().split("x"))) for shape in shapes)
-    if task.example is None:
-        raise UserError(
-            "the task has no data, so there is nothing to run the model on",
-            where=str(task.path),
-            fix="define data(split) and loss(model, batch), or example(), or give --input 2x3x224x224",
-        )
-    example = task.example()
-    return example if isinstance(example, tuple) else (example,)
 
 
 def show_bench(source: Source, threads: str, seconds: float, *, with_compile: bool, as_json: bool) -> tuple[str, bool]:
@@ -290,7 +165,8 @@ def show_report(run: Path) -> str:
         raise UserError(f"the run cannot be shown: {error.what}", where=error.where) from error
 
 
-def _print_pass(name: str, before: str, after: str, num_before: int, num_after: int) -> None:
+def print_pass(name: str, before: str, after: str, num_before: int, num_after: int) -> None:
+    """Tell what a pass has changed."""
     from gapfx.text import format_diff
 
     print(f"{name}: nodes {num_before} -> {num_after} ({num_after - num_before:+d})")

@@ -92,7 +92,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.total, self.by_weight = 0, dict[str, int]()
-        self._owner = {p.untyped_storage().data_ptr(): fqn for fqn, p in model.named_parameters()}
+        self._owner = {_memory(p): fqn for fqn, p in model.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,7 +109,7 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, flops: int, args: Any) -> None:
         self.total += flops
-        storages = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        storages = {_memory(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         for fqn in {self._owner[storage] for storage in storages if storage in self._owner}:
             if not fqn.endswith("bias"):
                 self.by_weight[fqn] = self.by_weight.get(fqn, 0) + flops
@@ -121,3 +121,8 @@ def _formula_of(packet: Any) -> Formula | None:
 
 def _of_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What views of one memory share; not its address, which on the meta device is 0 for all."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

@@ -11,44 +11,12 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
+from gapfx.budget import Budget as Budget
+from gapfx.budget import Schedule as Schedule
 from gapfx.errors import UserError
-from gapfx.plan import GrowthRule, LrRule, Phase, Plan, RegrowRule, StateRule
+from gapfx.plan import Phase, Plan, RegrowRule
 from gapfx.registry import Registry
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
-
-    `state` and `lr` say what happens to the optimizer state and the learning rate where a growing phase begins, and
-    `growth` what weights start from that grow again; `replicas` is the number of models that `pgap` trains side by
-    side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and `rigl`, whose phases those
-    are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a group goes back to its target,
-    further each time; `sparsity` is the target of the whole plan.
-    """
-
-    rounds: int
-    phase_steps: int
-    finetune_steps: int
-    state: StateRule = "reset"
-    replicas: int = 0
-    update_steps: int = 100
-    seed: int = 0
-    growth: GrowthRule = "zero"
-    lr: LrRule = "restart"
-    landing: int = 1
-    sparsity: float = 0.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A phase table, and the criterion that makes the masks before its first phase (see gapfx.plan.Plan)."""
-
-    phases: tuple[Phase, ...]
-    start_masks: str = "random"
-
 
 ScheduleMaker = Callable[[Budget, int], Schedule]
 # Of the live weights, at the first update; and the share of the run after which masks stay (Evci et al., 2020).

@@ -38,7 +38,9 @@ def format_plan(plan: Plan) -> str:
     )
     rows = [_group_row(str(index), group.name, group.weights) for index, group in enumerate(plan.groups)]
     rows.append(_group_row("", "all", tuple(plan.weights())))
-    groups = _table(["group", "name", "weights", "numel", "sparsity", "kept", "patterns"], rows, right={0, 2, 3, 4, 5})
+    groups = table_text(
+        ["group", "name", "weights", "numel", "sparsity", "kept", "patterns"], rows, right={0, 2, 3, 4, 5}
+    )
     parts = [
         f"{title}\n{_shared_text(plan)}",
         groups,
@@ -52,7 +54,7 @@ def format_phases(plan: Plan) -> str:
     """The phase table. `kept` is the share of the planned weights that is live while the phase trains."""
     header = ["phase", "name", "round", "steps", "grow", "prune at end", "state", "lr", "kept"]
     rows = [_phase_row(plan, index, phase, kept) for (index, phase), kept in _with_kept(plan)]
-    return _table(header, rows, right={0, 2, 8})
+    return table_text(header, rows, right={0, 2, 8})
 
 
 def format_kernels(plan: Plan) -> str:
@@ -64,7 +66,7 @@ def format_kernels(plan: Plan) -> str:
     if not any(weight.positions or weight.kernel == "sparse" for weight in plan.weights()):
         return ""
     header = ["kernel", "weights", "shape", "sparsity", "pattern", "positions", "gain"]
-    return _table(header, [[row[0], str(number), *row[1:]] for row, number in classes.items()], right={1, 3, 5, 6})
+    return table_text(header, [[row[0], str(number), *row[1:]] for row, number in classes.items()], right={1, 3, 5, 6})
 
 
 # ---- graphs
@@ -193,7 +195,7 @@ def _dense_text(dense: Sequence[DenseWeight]) -> str:
         ]
         for reason, weights in reasons.items()
     ]
-    return _table(["stays dense because", "weights", "numel", "which"], rows, right={1, 2})
+    return table_text(["stays dense because", "weights", "numel", "which"], rows, right={1, 2})
 
 
 def _owners_text(owners: Sequence[OwnerForm]) -> str:
@@ -202,7 +204,7 @@ def _owners_text(owners: Sequence[OwnerForm]) -> str:
     for owner in owners:
         kinds.setdefault((owner.kind, owner.form), []).append(owner)
     rows = [[form, str(len(alike)), kind, _reasons(alike)] for (kind, form), alike in kinds.items()]
-    return _table(["masked in form", "owners", "class", "because"], rows, right={1})
+    return table_text(["masked in form", "owners", "class", "because"], rows, right={1})
 
 
 def _reasons(owners: Sequence[OwnerForm]) -> str:
@@ -249,7 +251,8 @@ def _share(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> str:
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> str:
+    """Columns side by side, those of `right` flush right, a line each, the header first."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     cells = [

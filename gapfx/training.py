@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from gapfx.compiler import Observer, Watcher
 from gapfx.errors import TaskError
+from gapfx.estimate import Setup
 from gapfx.metrics import metrics_on
 from gapfx.origin import fill_from
 from gapfx.plan import Plan
@@ -51,6 +52,7 @@ from gapfx.task import Task
 # Streams of random numbers outside of training steps, which take (seed, step >= 0, micro-batch).
 _MODEL_STREAM, _DATA_STREAM = -1, -2
 DEFAULT_LR = 1e-3
+STEPS_WITHOUT_DATA = 1000
 
 
 @dataclass(frozen=True)
@@ -251,12 +253,16 @@ def compile_options(settings: Settings) -> CompileOptions:
     )
 
 
-def with_phases(plan: Plan, settings: Settings, feed: Feed) -> Plan:
-    """The plan with the phase table of the settings; a plan that brings its own phases keeps them."""
+def with_phases(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
+    """The plan with the phase table of the settings; a plan that brings its own phases keeps them.
+
+    Without data an epoch has `--steps-per-epoch`, or 1,000.
+    """
     if plan.phases:
         return plan
     epochs = settings.phase_epochs, settings.finetune_epochs
-    phase_steps, finetune_steps = (round(number * feed.steps_per_epoch) for number in epochs)
+    length = feed.steps_per_epoch if feed else settings.steps_per_epoch or STEPS_WITHOUT_DATA
+    phase_steps, finetune_steps = (round(number * length) for number in epochs)
     fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
     budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, settings.landing)
     made = with_schedule(plan, settings.method, budget)
@@ -299,6 +305,18 @@ def engine_options(settings: Settings, feed: Feed, *, is_live: bool = False) -> 
         is_live=is_live,
         deepspeed=json.loads(settings.deepspeed or "{}"),
     )
+
+
+def setup_of(task: Task, settings: Settings) -> Setup:
+    """How the settings spread a run, for an estimate; the optimizer's moments are those that it makes of a weight."""
+    # On the CPU, whatever the device of the day is.
+    weight = nn.Parameter(torch.zeros(4, 4, device="cpu"))
+    optimizer = (task.optimizer or _adamw)([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments = sum(isinstance(v, Tensor) and v.shape == weight.shape for v in optimizer.state[weight].values())
+    value_bytes = 2 if settings.dtype == "bf16" else 4
+    return Setup(settings.nproc, settings.zero, value_bytes, moments, settings.form == "compact")
 
 
 def _adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "threshold": "kernels",
     "ops": "errors masks kernels",
     "io": "errors plan typed_json masks ops",
-    "schedule": "errors registry plan",
+    "budget": "plan",
+    "schedule": "errors registry plan budget",
     "doctor": "errors kernels",
     "calibration": "errors plan pattern masks kernels ops doctor",
     "capture": "errors",
@@ -73,8 +74,8 @@ MAY_IMPORT = {
     "model_file": "errors io runtime",
     "results": "errors io plan masks settings task run_dir report model_file runtime",
     "metrics": "errors task runtime",
-    "training": "errors metrics origin plan schedule settings task run_dir progress compiler sparse runtime recording "
-    "results",
+    "training": "errors estimate metrics origin plan schedule settings task run_dir progress compiler sparse runtime "
+    "recording results",
     "two_of_four": "plan",
     "origin": "errors io plan run_dir",
     "loading": "errors plan masks kernels ops task compiler passes sparse training two_of_four origin",
@@ -84,10 +85,13 @@ MAY_IMPORT = {
     "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
     "two_of_four loading",
     "flops": "plan",
+    "estimate": "errors plan flops runtime",
+    "forecast": "errors plan flops estimate quantities text",
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
+    "planning": EVERYTHING,
     "cli_flags": ALLOWED_NOTHING,
-    "cli": "errors commands cli_flags doctor export kernels",
+    "cli": "errors commands planning cli_flags doctor export kernels",
 }
 # Above compiler and runtime: imported by each other alone.
 TOP_PARTS = {
@@ -100,6 +104,7 @@ TOP_PARTS = {
     "loading",
     "metrics",
     "model_file",
+    "planning",
     "recording",
     "results",
     "sparse",

@@ -1,0 +1,181 @@
+"""What a run will take, from its plan alone: bytes of each rank by kind, traffic of a step, operations, time.
+
+The model state of a rank is what outlives a forward: values, masks, gradients, fp32 master weights and moments. Which
+of these ZeRO cuts is the table of its paper (Rajbhandari et al., 2020, figure 1): stage 1 cuts masters and moments, 2
+gradients too, 3 values too. gapfx's own share is that weights count by their live values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gapfx.errors import UserError
+from gapfx.flops import ForwardFlops, live_shares, training_flops
+from gapfx.plan import Phase, Plan
+from gapfx.runtime.deepspeed_config import BUCKET_SIZE
+
+MASK_COPIES, CUT_MASK_COPIES = 2, 2  # whole: in the model and in the state; cut: of the last sparse phase, and explored
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is spread: ranks, ZeRO stage, bytes of a value in the forward, moments of the optimizer (Adam: 2).
+
+    Not `is_compact`: weights are held dense beside their masks. Not `has_masks`: plain DeepSpeed.
+    """
+
+    ranks: int = 1
+    zero: int = 1
+    value_bytes: int = 4
+    moments: int = 2
+    is_compact: bool = True
+    has_masks: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model: planned weights, all other parameters, and of the largest planned weight."""
+
+    planned: int
+    rest: int
+    largest: int
+
+    @staticmethod
+    def of(plan: Plan, num_parameters: int) -> Sizes:
+        """Of a plan for a model with so many parameters in all."""
+        numels = [weight.numel for weight in plan.weights()]
+        return Sizes(sum(numels), num_parameters - sum(numels), max(numels, default=0))
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes on one rank, by kind, just before the optimizer steps.
+
+    `gradients` with the fp32 copy of the rank's own part that DeepSpeed makes for its optimizer, `buckets` what it
+    reduces gradients in at stage 3. `densified` is the largest weight made dense in a forward, no part of the state.
+    """
+
+    values: float
+    masks: float
+    gradients: float
+    masters: float
+    moments: float
+    buckets: float
+    densified: float
+
+    @property
+    def state(self) -> float:
+        """Of the model state."""
+        return self.values + self.masks + self.gradients + self.masters + self.moments + self.buckets
+
+
+@dataclass(frozen=True)
+class PhaseEstimate:
+    """One phase: live share of the planned weights, bytes of a rank, bytes that a rank receives and sends in a step."""
+
+    phase: Phase
+    live: float
+    rank: RankBytes
+    traffic: float
+
+
+def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
+    """Each phase of the plan, its largest replica."""
+    check_setup(setup)
+    numels = [group.numel for group in plan.groups]
+    for phase, replicas in live_shares(plan):
+        live = max(sum(n * s for n, s in zip(numels, shares, strict=True)) for shares in replicas)
+        count = (live if setup.is_compact else sizes.planned) + sizes.rest
+        rank = _rank_bytes(count, sizes, setup)
+        yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, setup))
+
+
+def check_setup(setup: Setup) -> None:
+    """Raise UserError for a number of ranks, or a stage, that is none."""
+    if setup.ranks < 1:
+        raise UserError(f"{setup.ranks} ranks are none", fix="give --ranks 1 or more")
+    if setup.zero not in (0, 1, 2, 3):
+        raise UserError(f"there is no ZeRO stage {setup.zero}", fix="use --zero 0, 1, 2 or 3")
+
+
+def _rank_bytes(count: float, sizes: Sizes, setup: Setup) -> RankBytes:
+    own = count / setup.ranks
+    has_copy = setup.zero >= 2 or (setup.zero == 1 and setup.value_bytes < _FP32)
+    mask = sizes.planned / 8 if setup.has_masks else 0.0
+    return RankBytes(
+        values=setup.value_bytes * (own if setup.zero == 3 else count),
+        masks=MASK_COPIES * mask + CUT_MASK_COPIES * mask / setup.ranks,
+        gradients=setup.value_bytes * (own if setup.zero >= 2 else count) + (_FP32 * own if has_copy else 0.0),
+        masters=_FP32 * own if setup.zero else 0.0,
+        moments=_FP32 * setup.moments * (own if setup.zero else count),
+        buckets=float(setup.value_bytes * BUCKET_SIZE) if setup.zero == 3 else 0.0,
+        densified=setup.value_bytes * sizes.largest if setup.is_compact else 0.0,
+    )
+
+
+def _traffic(count: float, setup: Setup) -> float:
+    """By ring collectives: each gathers or scatters (N - 1) / N of what it is about; stage 3 gathers values twice."""
+    if setup.ranks == 1:
+        return 0.0
+    passes = 3 if setup.zero == 3 else 2
+    return passes * setup.value_bytes * count * (setup.ranks - 1) / setup.ranks
+
+
+def smallest_ranks(plan: Plan, sizes: Sizes, setup: Setup, memory: float, most: int = 1 << 16) -> int | None:
+    """The smallest power of two of ranks on which the model state of every phase fits into `memory` bytes, if any."""
+    ranks = 1
+    while ranks <= most:
+        tried = dataclasses.replace(setup, ranks=ranks)
+        if max(e.rank.state + e.rank.densified for e in estimate(plan, sizes, tried)) <= memory:
+            return ranks
+        ranks *= 2
+    return None
+
+
+def dense_plan(plan: Plan) -> Plan:
+    """The plan of dense training, as long, which a sparse one is held against."""
+    phase = Phase("dense", 0, max(1, plan.num_steps), grow=tuple(range(len(plan.groups))))
+    return dataclasses.replace(plan, phases=(phase,))
+
+
+def dense_estimate(plan: Plan, sizes: Sizes, setup: Setup) -> PhaseEstimate:
+    """Plain DeepSpeed with the same model, ranks and stage."""
+    return next(estimate(dense_plan(plan), sizes, dataclasses.replace(setup, has_masks=False, is_compact=False)))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device as products of dense weights see it: operations and bytes of collectives a second, of one rank."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+# Sustained in large products and ring collectives, a round half of the data sheets' peaks.
+PROFILES: Mapping[str, Profile] = {
+    "a100": Profile("a100", 150e12, 20e9),
+    "h100": Profile("h100", 400e12, 40e9),
+    "h200": Profile("h200", 400e12, 40e9),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one rank's training, dense and counted for the sparse form; seconds of a step on a device."""
+
+    dense_flops: float
+    sparse_flops: float
+    step_seconds: float
+
+
+def cost(plan: Plan, forward: ForwardFlops, estimates: list[PhaseEstimate], profile: Profile) -> Cost:
+    """Time is that of dense products of one micro-batch and of the traffic of a mean step, one after the other."""
+    dense, sparse = training_flops(dense_plan(plan), forward), training_flops(plan, forward)
+    steps = max(1, plan.num_steps)
+    traffic = sum(e.traffic * e.phase.num_steps for e in estimates) / steps
+    seconds = dense / steps / profile.flops + traffic / profile.bandwidth
+    return Cost(dense, sparse, seconds)

@@ -1,0 +1,164 @@
+"""What `gapfx plan --ranks` prints: bytes of a rank by phase and kind, for numbers of ranks, and what fits a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gapfx.errors import UserError
+from gapfx.estimate import (
+    PROFILES,
+    PhaseEstimate,
+    Profile,
+    Setup,
+    Sizes,
+    check_setup,
+    cost,
+    dense_estimate,
+    dense_plan,
+    estimate,
+    smallest_ranks,
+)
+from gapfx.flops import ForwardFlops
+from gapfx.plan import Plan
+from gapfx.quantities import format_bytes, format_count, format_seconds, format_share
+from gapfx.text import table_text
+
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_BAR = 30
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: numbers of ranks, a memory in bytes (0 for none), and a device (None for none)."""
+
+    ranks: tuple[int, ...]
+    memory: float = 0.0
+    profile: Profile | None = None
+
+    @staticmethod
+    def parse(ranks: str, memory: str, profile: str) -> Question:
+        """From the flags. Raises UserError for a text that is none of them."""
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", ranks):
+            raise UserError(f"cannot read the ranks {ranks!r}", fix="write numbers split by commas: --ranks 8,64")
+        if profile and profile not in PROFILES:
+            raise UserError(f"there is no profile {profile!r}", fix=f"take one of {', '.join(PROFILES)}")
+        return Question(tuple(map(int, ranks.split(","))), parse_bytes(memory), PROFILES.get(profile))
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes that a text such as 80GiB names; 0 for no text. Raises UserError for a text without number and unit."""
+    if not text:
+        return 0.0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if not found or found[2].upper() not in _UNITS:
+        raise UserError(f"cannot read the memory {text!r}", fix="write a number with its unit: --memory 80GiB")
+    return float(found[1]) * _UNITS[found[2].upper()]
+
+
+def describe(plan: Plan, sizes: Sizes, setup: Setup, question: Question, forward: ForwardFlops | None) -> str:
+    """Tables and a picture as text."""
+    setups = [dataclasses.replace(setup, ranks=ranks) for ranks in question.ranks]
+    for each in setups:
+        check_setup(each)
+    return "\n".join(part for part in _parts(plan, sizes, setups, question, forward) if part)
+
+
+def _parts(
+    plan: Plan, sizes: Sizes, setups: Sequence[Setup], question: Question, forward: ForwardFlops | None
+) -> Iterator[str]:
+    first = list(estimate(plan, sizes, setups[0]))
+    yield f"model state of a rank of {setups[0].ranks}, ZeRO {setups[0].zero}:"
+    yield _phase_table(first)
+    yield _picture(first, dense_estimate(plan, sizes, setups[0]))
+    yield _rank_table(plan, sizes, setups)
+    if question.memory:
+        yield _what_fits(plan, sizes, setups[0], question.memory)
+    if forward is not None:
+        yield from _costs(plan, sizes, setups, question, forward)
+
+
+def _phase_table(estimates: Sequence[PhaseEstimate]) -> str:
+    kinds = ["values", "masks", "gradients", "masters", "moments", "buckets"]
+    head = ["phase", "live", *kinds, "state", "densified", "traffic"]
+    rows = [
+        [
+            each.phase.name,
+            format_share(each.live),
+            *(format_bytes(getattr(each.rank, kind)) for kind in kinds),
+            format_bytes(each.rank.state),
+            format_bytes(each.rank.densified),
+            format_bytes(each.traffic),
+        ]
+        for each in _unlike(estimates)
+    ]
+    return table_text(head, rows, right=set(range(1, len(head))))
+
+
+def _unlike(estimates: Sequence[PhaseEstimate]) -> Iterator[PhaseEstimate]:
+    """Without those that are like an earlier one but for the round."""
+    seen: set[tuple[object, ...]] = set()
+    for each in estimates:
+        key = (each.phase.grow, round(each.live, 6), each.rank)
+        if key not in seen:
+            seen.add(key)
+            yield each
+
+
+def _picture(estimates: Sequence[PhaseEstimate], dense: PhaseEstimate) -> str:
+    """A bar a phase, as long as its share of the state of dense training."""
+    width = max(len(each.phase.name) for each in (*estimates, dense))
+    lines = [
+        f"{each.phase.name:<{width}}  {'#' * max(1, round(_BAR * each.rank.state / dense.rank.state)):<{_BAR}}  "
+        f"{each.rank.state / dense.rank.state:.2f} of dense"
+        for each in (*_unlike(estimates), dense)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rank_table(plan: Plan, sizes: Sizes, setups: Sequence[Setup]) -> str:
+    head = ["ranks", "peak state, sparse", "dense", "sparse over dense", "traffic a step", "dense"]
+    rows: list[list[str]] = []
+    for setup in setups:
+        sparse = list(estimate(plan, sizes, setup))
+        peak, dense = (
+            max(sparse, key=_state),
+            dense_estimate(plan, sizes, setup),
+        )
+        ratio = peak.rank.state / dense.rank.state
+        sent = max(each.traffic for each in sparse)
+        states = [format_bytes(peak.rank.state), format_bytes(dense.rank.state)]
+        rows.append([str(setup.ranks), *states, f"{ratio:.2f}", format_bytes(sent), format_bytes(dense.traffic)])
+    return table_text(head, rows, right=set(range(1, len(head))))
+
+
+def _state(each: PhaseEstimate) -> float:
+    return each.rank.state
+
+
+def _what_fits(plan: Plan, sizes: Sizes, setup: Setup, memory: float) -> str:
+    plain = dataclasses.replace(setup, has_masks=False, is_compact=False)
+    sparse = smallest_ranks(plan, sizes, setup, memory)
+    dense = smallest_ranks(dense_plan(plan), sizes, plain, memory)
+    told = [f"{ranks:,} ranks" if ranks else "no number of ranks" for ranks in (sparse, dense)]
+    return f"{format_bytes(memory)} a rank hold the model state of {told[0]} sparse, {told[1]} dense (powers of two)\n"
+
+
+def _costs(
+    plan: Plan, sizes: Sizes, setups: Sequence[Setup], question: Question, forward: ForwardFlops
+) -> Iterator[str]:
+    for setup in setups:
+        estimates = list(estimate(plan, sizes, setup))
+        found = cost(plan, forward, estimates, question.profile or Profile("", 1.0, 1.0))
+        if setup is setups[0]:
+            yield (
+                f"operations of a rank's training: {format_count(found.dense_flops)} dense, "
+                f"{format_count(found.sparse_flops)} counted for the sparse form"
+            )
+        if question.profile:
+            yield (
+                f"{setup.ranks} ranks like {question.profile.name}, a micro-batch each: "
+                f"{format_seconds(found.step_seconds)} a step with dense products and nothing hidden"
+            )

@@ -1,0 +1,106 @@
+"""What a run will take: bytes by kind, phase and stage, traffic, and the ranks that a memory needs, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gapfx.errors import UserError
+from gapfx.estimate import PROFILES, Setup, Sizes, cost, dense_estimate, estimate, smallest_ranks
+from gapfx.flops import ForwardFlops
+from gapfx.forecast import Question, describe, parse_bytes
+from gapfx.plan import Group, Plan, Weight
+from gapfx.runtime.deepspeed_config import BUCKET_SIZE
+from gapfx.schedule import Budget, with_schedule
+
+WEIGHTS = [Weight(f"{index}.weight", (100, 80), 0.9) for index in range(4)]
+PLAN = with_schedule(
+    Plan((Group("first", tuple(WEIGHTS[:2])), Group("last", tuple(WEIGHTS[2:]))), sparsity=0.9),
+    "gap",
+    Budget(1, 10, 20),
+)
+SIZES = Sizes.of(PLAN, 40_000)  # 32,000 planned, 8,000 others
+LIVE = 16_000 + 1_600
+
+
+def test_weights_count_by_their_live_values_in_each_phase() -> None:
+    phases = list(estimate(PLAN, SIZES, Setup()))
+    assert [each.live for each in phases] == pytest.approx([0.55, 0.55, 0.1])
+    assert [each.rank.values for each in phases] == pytest.approx([4 * (LIVE + 8_000)] * 2 + [4 * (3_200 + 8_000)])
+    assert Sizes(32_000, 8_000, 8_000) == SIZES
+
+
+@pytest.mark.parametrize(
+    ("zero", "values", "gradients", "masters", "moments"),
+    [(0, 1, 1, 0, 1), (1, 1, 1 + 2 / 4, 1 / 4, 1 / 4), (2, 1, 3 / 4, 1 / 4, 1 / 4), (3, 1 / 4, 3 / 4, 1 / 4, 1 / 4)],
+)
+def test_each_stage_cuts_what_it_cuts(
+    zero: int, values: float, gradients: float, masters: float, moments: float
+) -> None:
+    count = LIVE + 8_000
+    first = next(estimate(PLAN, SIZES, Setup(ranks=4, zero=zero, value_bytes=2)))
+    found = first.rank
+    assert (found.values, found.gradients) == pytest.approx((2 * count * values, 2 * count * gradients))
+    assert (found.masters, found.moments) == pytest.approx((4 * count * masters, 8 * count * moments))
+    assert found.buckets == (2 * BUCKET_SIZE if zero == 3 else 0)
+    assert found.masks == 2 * 4_000 + 2 * 1_000
+    assert found.densified == 2 * 8_000
+    assert first.traffic == pytest.approx((3 if zero == 3 else 2) * 2 * count * 3 / 4)
+
+
+def test_the_form_masked_and_dense_training_hold_all_weights() -> None:
+    masked = next(estimate(PLAN, SIZES, Setup(is_compact=False)))
+    dense = dense_estimate(PLAN, SIZES, Setup())
+    assert masked.rank.values == dense.rank.values == 4 * 40_000
+    assert (masked.rank.masks, dense.rank.masks) == (16_000, 0)
+    assert dense.live == 1
+
+
+def test_the_fewest_ranks_that_hold_the_state() -> None:
+    setup = Setup(zero=3)
+    need = max(
+        each.rank.state + each.rank.densified for each in estimate(PLAN, SIZES, dataclasses.replace(setup, ranks=8))
+    )
+    assert smallest_ranks(PLAN, SIZES, setup, need) == 8
+    assert smallest_ranks(PLAN, SIZES, setup, need - 1) == 16
+    assert smallest_ranks(PLAN, SIZES, setup, 1_000) is None
+
+
+def test_time_is_that_of_products_and_of_traffic() -> None:
+    forward = ForwardFlops(1000, {weight.fqn: 200 for weight in WEIGHTS})
+    estimates, profile = list(estimate(PLAN, SIZES, Setup(ranks=2))), PROFILES["h100"]
+    found = cost(PLAN, forward, estimates, profile)
+    assert found.dense_flops == 40 * 3 * 1000
+    assert found.sparse_flops == pytest.approx(20 * 3 * (200 + 800 * 0.55) + 20 * 3 * (200 + 800 * 0.1))
+    sent = sum(each.traffic * each.phase.num_steps for each in estimates) / 40
+    assert found.step_seconds == pytest.approx(3000 / profile.flops + sent / profile.bandwidth)
+
+
+def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:
+    text = describe(PLAN, SIZES, Setup(zero=3), Question.parse("1,4", "200MB", "h100"), ForwardFlops(1000, {}))
+    assert "model state of a rank of 1, ZeRO 3:" in text
+    assert "#" * 30 in text
+    assert "191 MiB a rank hold the model state of" in text
+    assert "4 ranks like h100, a micro-batch each:" in text
+    assert "operations of a rank's training: 120 k dense, 120 k counted for the sparse form" in text
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("80GiB", 80 * 2**30), ("1.5 TB", 1.5e12), ("", 0.0)])
+def test_memory_is_read_with_its_unit(text: str, wanted: float) -> None:
+    assert parse_bytes(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("ranks", "memory", "profile", "message"),
+    [
+        ("0", "", "", "cannot read the ranks '0'"),
+        ("8,", "", "", "cannot read the ranks"),
+        ("8", "80", "", "cannot read the memory '80'"),
+        ("8", "80 parsecs", "", "cannot read the memory"),
+        ("8", "", "abacus", "there is no profile 'abacus'"),
+    ],
+)
+def test_a_question_that_is_none_is_refused(ranks: str, memory: str, profile: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Question.parse(ranks, memory, profile)
