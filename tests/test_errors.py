@@ -26,7 +26,7 @@ def test_a_message_says_what_where_and_what_to_do(error: UserError, message: str
     ("names", "exit_code"),
     [
         ("GapfxError PassError AuditError", 1),
-        ("UserError TaskError CaptureError PlanError CheckpointError DivergedError", 2),
+        ("UserError TaskError CaptureError PlanError FileError CheckpointError DivergedError", 2),
         ("Interrupted", 130),
     ],
 )
@@ -36,7 +36,7 @@ def test_every_error_has_its_exit_code(names: str, exit_code: int) -> None:
 
 def test_the_exit_codes_above_are_of_all_errors() -> None:
     found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, GapfxError)}
-    assert len(found) == 3 + 6 + 1
+    assert len(found) == 3 + 7 + 1
 
 
 def test_an_interrupt_is_not_the_users_mistake() -> None:
