@@ -8,7 +8,7 @@ gradients too, 3 values too. gapfx's own share is that weights count by their li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gapfx.errors import UserError
@@ -163,19 +163,8 @@ PROFILES: Mapping[str, Profile] = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Operations of one rank's training, dense and counted for the sparse form; seconds of a step on a device."""
-
-    dense_flops: float
-    sparse_flops: float
-    step_seconds: float
-
-
-def cost(plan: Plan, forward: ForwardFlops, estimates: list[PhaseEstimate], profile: Profile) -> Cost:
-    """Time is that of dense products of one micro-batch and of the traffic of a mean step, one after the other."""
-    dense, sparse = training_flops(dense_plan(plan), forward), training_flops(plan, forward)
+def step_seconds(plan: Plan, forward: ForwardFlops, estimates: Sequence[PhaseEstimate], profile: Profile) -> float:
+    """A step on a device: dense products of one micro-batch, then the traffic of a mean step."""
     steps = max(1, plan.num_steps)
     traffic = sum(e.traffic * e.phase.num_steps for e in estimates) / steps
-    seconds = dense / steps / profile.flops + traffic / profile.bandwidth
-    return Cost(dense, sparse, seconds)
+    return training_flops(dense_plan(plan), forward) / steps / profile.flops + traffic / profile.bandwidth

@@ -15,13 +15,13 @@ from gapfx.estimate import (
     Setup,
     Sizes,
     check_setup,
-    cost,
     dense_estimate,
     dense_plan,
     estimate,
     smallest_ranks,
+    step_seconds,
 )
-from gapfx.flops import ForwardFlops
+from gapfx.flops import ForwardFlops, training_flops
 from gapfx.plan import Plan
 from gapfx.quantities import format_bytes, format_count, format_seconds, format_share
 from gapfx.text import table_text
@@ -149,16 +149,12 @@ def _what_fits(plan: Plan, sizes: Sizes, setup: Setup, memory: float) -> str:
 def _costs(
     plan: Plan, sizes: Sizes, setups: Sequence[Setup], question: Question, forward: ForwardFlops
 ) -> Iterator[str]:
-    for setup in setups:
-        estimates = list(estimate(plan, sizes, setup))
-        found = cost(plan, forward, estimates, question.profile or Profile("", 1.0, 1.0))
-        if setup is setups[0]:
-            yield (
-                f"operations of a rank's training: {format_count(found.dense_flops)} dense, "
-                f"{format_count(found.sparse_flops)} counted for the sparse form"
-            )
-        if question.profile:
-            yield (
-                f"{setup.ranks} ranks like {question.profile.name}, a micro-batch each: "
-                f"{format_seconds(found.step_seconds)} a step with dense products and nothing hidden"
-            )
+    dense, sparse = (format_count(training_flops(each, forward)) for each in (dense_plan(plan), plan))
+    yield f"operations of a rank's training: {dense} dense, {sparse} counted for the sparse form"
+    for setup in setups if question.profile else ():
+        assert question.profile is not None
+        seconds = step_seconds(plan, forward, list(estimate(plan, sizes, setup)), question.profile)
+        yield (
+            f"{setup.ranks} ranks like {question.profile.name}, a micro-batch each: "
+            f"{format_seconds(seconds)} a step with dense products and nothing hidden"
+        )

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -122,10 +121,3 @@ def from_pretrained(folder: str | Path, kind: Any = AutoModel, **options: Any) -
                 fix="the weights were changed without the masks: take the folder that both were written to",
             )
     return model, masks
-
-
-def is_zero_where_dropped(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
-    """Whether every masked weight of a model is exactly 0."""
-    own = dict(_bare(model).named_parameters())
-    with torch.no_grad():
-        return all(not own[fqn][~mask.to(own[fqn].device)].count_nonzero() for fqn, mask in masks.items())

@@ -77,6 +77,7 @@ class Held:
         self.model, self.plan = model, plan
         self.masks: dict[str, Tensor] = {}
         self.num_steps, self.phase = 0, 0
+        self._parameters = dict(model.named_parameters())
         self._handles: list[Any] = []
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -88,7 +89,7 @@ class Held:
                 f"the steps of {type(optimizer).__name__} cannot be followed: it keeps weights of its own",
                 fix="train with `gapfx sparsify`, whose runtime is DeepSpeed's, or give a torch optimizer",
             )
-        parameters = dict(self.model.named_parameters())
+        parameters = self._parameters
         for fqn, mask in self.masks.items():
             if fqn not in parameters or parameters[fqn].shape != mask.shape:
                 raise UserError(f"the model has no parameter {fqn!r} of shape {list(mask.shape)}", fix=_OTHER_MODEL)
@@ -134,7 +135,7 @@ class Held:
 
     def start_masks(self, plan: Plan, seed: int) -> dict[str, Tensor]:
         """Of every planned weight: all live where the first phase grows, random else."""
-        parameters, group_of = dict(self.model.named_parameters()), plan.group_of()
+        parameters, group_of = self._parameters, plan.group_of()
         grown, masks = set(plan.phases[0].grow), dict[str, Tensor]()
         for index, weight in enumerate(plan.weights()):
             if weight.fqn not in parameters:
@@ -147,8 +148,7 @@ class Held:
         return masks
 
     def _masked(self) -> Iterator[tuple[str, nn.Parameter]]:
-        parameters = dict(self.model.named_parameters())
-        return ((fqn, parameters[fqn]) for fqn in self.masks)
+        return ((fqn, self._parameters[fqn]) for fqn in self.masks)
 
     def _mask_gradient(self, parameter: Tensor, fqn: str) -> None:
         if parameter.grad is not None:
@@ -169,7 +169,7 @@ class Held:
     @torch.no_grad()
     def _prune(self, phase: Phase) -> None:
         assert self.plan is not None
-        parameters, plan = dict(self.model.named_parameters()), self.plan.eased(self.phase)
+        parameters, plan = self._parameters, self.plan.eased(self.phase)
         draw = torch.Generator().manual_seed(self.num_steps)
         for group in phase.prune:
             for weight in plan.groups[group].weights:

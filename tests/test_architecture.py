@@ -82,8 +82,8 @@ MAY_IMPORT = {
     "holding": "errors plan pattern criterion masks runtime",
     "hf": "errors plan masks holding",
     "export": "errors io plan run_dir origin loading",
-    "bench": "errors plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse training "
-    "two_of_four loading",
+    "bench": "errors io plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse "
+    "training two_of_four loading",
     "flops": "plan",
     "estimate": "errors plan flops runtime",
     "forecast": "errors plan flops estimate quantities text",

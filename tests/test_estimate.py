@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from gapfx.errors import UserError
-from gapfx.estimate import PROFILES, Setup, Sizes, cost, dense_estimate, estimate, smallest_ranks
-from gapfx.flops import ForwardFlops
+from gapfx.estimate import PROFILES, Setup, Sizes, dense_estimate, dense_plan, estimate, smallest_ranks, step_seconds
+from gapfx.flops import ForwardFlops, training_flops
 from gapfx.forecast import Question, describe, parse_bytes
 from gapfx.plan import Group, Plan, Weight
 from gapfx.runtime.deepspeed_config import BUCKET_SIZE
@@ -70,11 +70,11 @@ def test_the_fewest_ranks_that_hold_the_state() -> None:
 def test_time_is_that_of_products_and_of_traffic() -> None:
     forward = ForwardFlops(1000, {weight.fqn: 200 for weight in WEIGHTS})
     estimates, profile = list(estimate(PLAN, SIZES, Setup(ranks=2))), PROFILES["h100"]
-    found = cost(PLAN, forward, estimates, profile)
-    assert found.dense_flops == 40 * 3 * 1000
-    assert found.sparse_flops == pytest.approx(20 * 3 * (200 + 800 * 0.55) + 20 * 3 * (200 + 800 * 0.1))
+    assert training_flops(dense_plan(PLAN), forward) == 40 * 3 * 1000
+    assert training_flops(PLAN, forward) == pytest.approx(20 * 3 * (200 + 800 * 0.55) + 20 * 3 * (200 + 800 * 0.1))
     sent = sum(each.traffic * each.phase.num_steps for each in estimates) / 40
-    assert found.step_seconds == pytest.approx(3000 / profile.flops + sent / profile.bandwidth)
+    wanted = 3000 / profile.flops + sent / profile.bandwidth
+    assert step_seconds(PLAN, forward, estimates, profile) == pytest.approx(wanted)
 
 
 def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:

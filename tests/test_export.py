@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from gapfx.io.forms import TwoOfFour
 from tests import runs
 from tests.runs import ROOT, TASK, weights
 
-has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
-needs_onnx = pytest.mark.skipif(not has_onnx, reason="onnx, onnxruntime or onnxscript is not installed")
 SHORT = ("--rounds", 1, "--phase-epochs", 0.25, "--finetune-epochs", 0.25)
 Say = Callable[..., tuple[int, str, str]]
 
@@ -85,7 +82,6 @@ def test_csr_and_two_of_four_are_read_by_torch_without_code(run: Path, say: Say)
             assert torch.equal(csr[fqn], value)
 
 
-@needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--sparse",)], ids=["dense", "sparse"])
 def test_onnx_runtime_computes_the_same(flags: tuple[str, ...], run: Path, say: Say) -> None:
@@ -99,7 +95,6 @@ def test_a_program_computes_the_same(run: Path, say: Say) -> None:
     assert (code, "read back its outputs differ by at most" in out) == (0, True)
 
 
-@needs_onnx
 @pytest.mark.slow
 def test_sparse_initialisers_make_an_onnx_file_smaller(tmp_path: Path, say: Say) -> None:
     flags = ("--phase-epochs", 0.01, "--finetune-epochs", 0.01, "--sparsity", 0.95)

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import gapfx
 from gapfx.errors import FileError, UserError
 from tests.runs import ROOT
 
-pytest.importorskip("accelerate")
-transformers: Any = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "tests" / "hf_training.py"
@@ -57,7 +56,7 @@ def test_a_training_goes_on_with_its_masks_and_not_without_them(tmp_path: Path) 
 
 def tiny_llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
     return transformers.LlamaForCausalLM(config)
 

@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.backends.mha
 from torch import Tensor, nn
+
+from gapfx.io.onnx_file import without_fast_path
 
 
 def missing() -> str:
@@ -24,24 +25,12 @@ def missing() -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _without_fast_path() -> Generator[None]:
-    """Attention by ops that ONNX has, not by the one op of torch's fast path."""
-    mha = torch.backends.mha
-    before = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        mha.set_fastpath_enabled(before)
-
-
 def session_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     """Runs the model on these inputs with as many threads as torch has. Raises what the export raises."""
     runtime: Any = importlib.import_module("onnxruntime")
     file = io.BytesIO()
     export: Any = torch.onnx.export  # whose types leave out the files that it takes
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _without_fast_path():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_fast_path():
         warnings.simplefilter("ignore")
         export(model, inputs, file, dynamo=False)
     options = runtime.SessionOptions()

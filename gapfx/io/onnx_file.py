@@ -34,7 +34,7 @@ def write_onnx(
     """
     onnx = _need("onnx")
     _need("onnxscript")
-    with _quietly():
+    with _quietly(), without_fast_path():
         try:
             program: Any = torch.onnx.export(
                 module,
@@ -90,18 +90,28 @@ def run_onnx(path: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 
 
 @contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Without the exporter's words, and with attention by ops that ONNX has, not by the one op of torch's fast path."""
-    mha, log = torch.backends.mha, logging.getLogger("torch.onnx")
-    before, level = mha.get_fastpath_enabled(), log.level
+def without_fast_path() -> Generator[None]:
+    """Attention by ops that ONNX has, not by the one op of torch's fast path."""
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _quietly() -> Generator[None]:
+    """Without the exporter's words."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        mha.set_fastpath_enabled(before)
         log.setLevel(level)
 
 

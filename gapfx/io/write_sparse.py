@@ -80,6 +80,8 @@ def _coded(source: Source, key: str, planned: Weight | None, bits: Tensor | None
     if bits is None:
         bits = pack(source.tensor(key).ne(0))
     numel, live = math.prod(shape), count_kept(bits)
+    if not is_wanted and live == numel:
+        return None
     gaps = mask_code.encode(bits, numel)
     is_coded = gaps.num_bytes < num_bytes(numel)
     mask = torch.from_numpy(np.concatenate([gaps.unary, gaps.low])) if is_coded else bits
