@@ -16,7 +16,7 @@ from gapfx.flops import ForwardFlops, live_shares, training_flops
 from gapfx.plan import Phase, Plan
 from gapfx.runtime.deepspeed_config import BUCKET_SIZE
 
-MASK_COPIES, CUT_MASK_COPIES = 2, 2  # whole: in the model and in the state; cut: of the last sparse phase, and explored
+CUT_MASK_COPIES = 2  # in the state: in force, and explored
 _FP32 = 4
 
 
@@ -90,7 +90,7 @@ def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
         live = max(sum(n * s for n, s in zip(numels, shares, strict=True)) for shares in replicas)
         count = (live if setup.is_compact else sizes.planned) + sizes.rest
         rank = _rank_bytes(count, sizes, setup)
-        yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, setup))
+        yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, sizes, setup))
 
 
 def check_setup(setup: Setup) -> None:
@@ -107,7 +107,7 @@ def _rank_bytes(count: float, sizes: Sizes, setup: Setup) -> RankBytes:
     mask = sizes.planned / 8 if setup.has_masks else 0.0
     return RankBytes(
         values=setup.value_bytes * (own if setup.zero == 3 else count),
-        masks=MASK_COPIES * mask + CUT_MASK_COPIES * mask / setup.ranks,
+        masks=(mask / setup.ranks if setup.zero == 3 else mask) + CUT_MASK_COPIES * mask / setup.ranks,
         gradients=setup.value_bytes * (own if setup.zero >= 2 else count) + (_FP32 * own if has_copy else 0.0),
         masters=_FP32 * own if setup.zero else 0.0,
         moments=_FP32 * setup.moments * (own if setup.zero else count),
@@ -116,12 +116,16 @@ def _rank_bytes(count: float, sizes: Sizes, setup: Setup) -> RankBytes:
     )
 
 
-def _traffic(count: float, setup: Setup) -> float:
-    """By ring collectives: each gathers or scatters (N - 1) / N of what it is about; stage 3 gathers values twice."""
+def _traffic(count: float, sizes: Sizes, setup: Setup) -> float:
+    """By ring collectives: each gathers or scatters (N - 1) / N of what it is about.
+
+    Stage 3 gathers values twice, and masks with them.
+    """
     if setup.ranks == 1:
         return 0.0
+    masks = 2 * sizes.planned / 8 if setup.zero == 3 and setup.has_masks else 0.0
     passes = 3 if setup.zero == 3 else 2
-    return passes * setup.value_bytes * count * (setup.ranks - 1) / setup.ranks
+    return (passes * setup.value_bytes * count + masks) * (setup.ranks - 1) / setup.ranks
 
 
 def smallest_ranks(plan: Plan, sizes: Sizes, setup: Setup, memory: float, most: int = 1 << 16) -> int | None:

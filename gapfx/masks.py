@@ -99,11 +99,11 @@ class Masks(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def digest(masks: Mapping[str, Tensor]) -> str:
-    """SHA-256 over FQNs and packed bits: equal on two ranks exactly when all their masks are."""
+def digest(masks: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over FQNs and packed bits, in the order in which they come."""
     total = hashlib.sha256()
-    for fqn in sorted(masks):
-        bits = masks[fqn].cpu().numpy().tobytes()
+    for fqn, mask in masks:
+        bits = mask.cpu().numpy().tobytes()
         # With the lengths, no two sets of masks are the same stream of bytes.
         total.update(f"{len(fqn)} {fqn} {len(bits)} ".encode() + bits)
     return total.hexdigest()

@@ -5,19 +5,24 @@ Ranks hold a model in slices, and none of them needs to hold more than one weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from gapfx.errors import UserError
 from gapfx.io.container import Entry, header, in_order, raw
+from gapfx.masks import num_bytes
 from gapfx.runtime.engine import buffers_of
 from gapfx.runtime.exchange import build_module
 from gapfx.runtime.ranks import raise_together
-from gapfx.runtime.state import TrainState, whole
+from gapfx.runtime.state import TrainState, whole, whole_bits
 from gapfx.runtime.steps import Job
 
 Maker = Callable[[], Tensor]
@@ -28,7 +33,47 @@ def write_model(path: Path, job: Job, state: TrainState) -> None:
 
     Extra state that is no tensor has no place in the file. Raises UserError on every rank when the disk refuses.
     """
-    entries = in_order(_entries(job, state))
+    _write_together(path, in_order(_entries(job, state)), state)
+
+
+@contextmanager
+def masks_in_file(path: Path, state: TrainState) -> Generator[Mapping[str, Tensor]]:
+    """FQN -> packed mask, whole, on rank 0, from a file there that is gone afterwards (collective).
+
+    Raises UserError on every rank when the disk refuses.
+    """
+    numels = {fqn: state.layout[fqn].numel for fqn in state.bits}
+    entries = [
+        Entry(fqn, torch.uint8, (num_bytes(numel),), partial(whole_bits, state, fqn)) for fqn, numel in numels.items()
+    ]
+    try:
+        _write_together(path, entries, state)
+        yield TensorFile(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class TensorFile(Mapping[str, Tensor]):
+    """Key -> tensor of a safetensors file, read anew each time: what is read of an open file counts as our memory."""
+
+    path: Path
+
+    def __getitem__(self, key: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            if key not in file.keys():  # noqa: SIM118
+                raise KeyError(key)
+            return file.get_tensor(key).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        with safe_open(self.path, framework="pt") as file:
+            return iter(list(file.keys()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _write_together(path: Path, entries: Sequence[Entry], state: TrainState) -> None:
     temporary, failure = path.with_name(f".{path.name}.writing"), None
     file: BinaryIO | None = None
     try:

@@ -158,10 +158,12 @@ def _property(name: str, value: fx.Node) -> property:
 
     def read(self: Any) -> Tensor:
         weight: Tensor = self._parameters[name]
-        if weight.numel() == 0 or hasattr(weight, "to_local"):
-            # ZeRO-3 and FSDP2 take the weight away outside the forward, where models still ask for its dtype.
+        held = [self._parameters[key] if key in self._parameters else self._buffers[key] for key in sources]
+        if hasattr(weight, "to_local") or any(tensor.numel() == 0 for tensor in held):
+            # ZeRO-3 and FSDP2 take the weight away outside the forward, where models still ask for its dtype; and
+            # recurrent layers ask for it while they are copied without their masks.
             return weight
-        return compute(*(self._parameters[key] if key in self._parameters else self._buffers[key] for key in sources))
+        return compute(*held)
 
     return property(read)
 

@@ -7,19 +7,18 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from gapfx.errors import Interrupted, UserError
 from gapfx.io.dense_files import DenseFiles
 from gapfx.io.write_sparse import write_sparse
-from gapfx.masks import count_kept
-from gapfx.model_file import write_model
+from gapfx.model_file import TensorFile, masks_in_file, write_model
 from gapfx.report import write_report
 from gapfx.run_dir import RunDir, write_atomically
 from gapfx.runtime.engine import local_device
@@ -27,7 +26,7 @@ from gapfx.runtime.evaluation import evaluated
 from gapfx.runtime.exchange import evaluation_module
 from gapfx.runtime.grow_prune import sparsity_now
 from gapfx.runtime.memory import peak_resident_bytes, returning_memory
-from gapfx.runtime.ranks import Peers
+from gapfx.runtime.ranks import Peers, on_rank_0
 from gapfx.runtime.state import TrainState
 from gapfx.runtime.steps import Job
 from gapfx.settings import Settings
@@ -47,10 +46,11 @@ def write_results(
     with returning_memory():
         write_model(run.model, job, state)
         found = _sharded_metrics(job, state) if settings.zero == 3 else None
+        with masks_in_file(run.path / ".masks.safetensors", state) as masks:
+            on_rank_0(lambda: _write_sparse(run, job, masks))
     peaks = Peers.all().tell(peak_resident_bytes())  # what other ranks do ends here
     if torch.distributed.get_rank() == 0:
         with returning_memory():
-            _write_sparse(run, job, state)
             final, test = found or _final_metrics(task, run, job)
         peaks[0] = peak_resident_bytes()
         peaks = [max(rank) for rank in zip_longest(peaks, run.peaks(), fillvalue=0)]
@@ -71,11 +71,11 @@ def write_results(
     return summary
 
 
-def _write_sparse(run: RunDir, job: Job, state: TrainState) -> None:
-    """The model as a sparse file, from the dense one and the masks of the state."""
+def _write_sparse(run: RunDir, job: Job, masks: Mapping[str, Tensor]) -> None:
+    """The model as a sparse file, from the dense one and the packed masks."""
     try:
         with DenseFiles(run.model) as dense:
-            write_sparse(run.sparse, dense, plan=job.plan, masks=state.bits)
+            write_sparse(run.sparse, dense, plan=job.plan, masks=masks)
     except OSError as error:
         raise UserError(
             f"the model could not be written: {error}",
@@ -111,24 +111,17 @@ def _metrics(job: Job, module: nn.Module, peers: Peers) -> tuple[dict[str, float
 def _load(module: nn.Module, path: Path) -> None:
     """Copy a file of weights into a module, one tensor at a time; a mistake in its keys is torch's error."""
     own = module.state_dict().keys()
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-    if own != keys:
-        module.load_state_dict({key: _tensor(path, key) for key in keys})
+    file = TensorFile(path)
+    if own != set(file):
+        module.load_state_dict(dict(file))
     for key in own:
-        module.load_state_dict({key: _tensor(path, key)}, strict=False)
-
-
-def _tensor(path: Path, key: str) -> Tensor:
-    # Opened anew each time: what is read of an open file counts as memory of this process.
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key).clone()
+        module.load_state_dict({key: file[key]}, strict=False)
 
 
 def _sparsity_facts(job: Job, state: TrainState) -> dict[str, Any]:
     plan = job.plan
     group_of = plan.group_of()
-    kept = {weight.fqn: count_kept(state.bits[weight.fqn]) for weight in plan.weights()}
+    kept = {weight.fqn: state.num_live(weight.fqn) for weight in plan.weights()}
     zeros = sum(weight.numel - kept[weight.fqn] for weight in plan.weights())
     num_parameters = sum(parameter.numel() for parameter in job.module.parameters())
     return {

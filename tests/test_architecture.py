@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "verify": "errors plan masks capture owners compiler realise",
     "sparse": "errors plan pattern criterion masks ops capture compiler passes realise verify calibration lowered",
     "recording": "errors plan settings run_dir progress runtime",
-    "model_file": "errors io runtime",
+    "model_file": "errors io masks runtime",
     "results": "errors io plan masks settings task run_dir report model_file runtime",
     "metrics": "errors task runtime",
     "training": "errors estimate metrics origin plan schedule settings task run_dir progress compiler sparse runtime "

@@ -44,16 +44,17 @@ def test_each_stage_cuts_what_it_cuts(
     assert (found.values, found.gradients) == pytest.approx((2 * count * values, 2 * count * gradients))
     assert (found.masters, found.moments) == pytest.approx((4 * count * masters, 8 * count * moments))
     assert found.buckets == (2 * BUCKET_SIZE if zero == 3 else 0)
-    assert found.masks == 2 * 4_000 + 2 * 1_000
+    assert found.masks == (3 * 1_000 if zero == 3 else 4_000 + 2 * 1_000)
     assert found.densified == 2 * 8_000
-    assert first.traffic == pytest.approx((3 if zero == 3 else 2) * 2 * count * 3 / 4)
+    passes, of_masks = (3, 2 * 4_000) if zero == 3 else (2, 0)
+    assert first.traffic == pytest.approx((passes * 2 * count + of_masks) * 3 / 4)
 
 
 def test_the_form_masked_and_dense_training_hold_all_weights() -> None:
     masked = next(estimate(PLAN, SIZES, Setup(is_compact=False)))
     dense = dense_estimate(PLAN, SIZES, Setup())
     assert masked.rank.values == dense.rank.values == 4 * 40_000
-    assert (masked.rank.masks, dense.rank.masks) == (16_000, 0)
+    assert (masked.rank.masks, dense.rank.masks) == (12_000, 0)
     assert dense.live == 1
 
 

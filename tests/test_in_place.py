@@ -17,6 +17,7 @@ from gapfx.errors import CaptureError
 from gapfx.in_place import InPlaceMasks
 from gapfx.masks import bits_of, stored_parameter
 from gapfx.owners import build_owners
+from gapfx.runtime.module_masks import put_bits
 from gapfx.runtime.skeleton import module_from, skeleton_of
 from gapfx.sparse import Sparse
 from tests.masking import run
@@ -200,6 +201,8 @@ def test_a_skeleton_of_the_runtime_is_filled_with_leaves_that_train_masked() -> 
     values = {fqn: torch.ones_like(parameter) for fqn, parameter in sparse.module.named_parameters()}
     fresh = module_from(skeleton_of(sparse.module), lambda fqn, parameter: values[fqn], torch.device("cpu"))
     assert all(parameter.is_leaf for parameter in fresh.parameters())
+    for weight in sparse.plan.weights():
+        put_bits(fresh, weight, bits_of(sparse.module, weight.fqn), None)
     fresh(x).square().sum().backward()
     assert masked_values(sparse, fresh).count_nonzero() == 0
     gradient = cast(Tensor, stored_parameter(fresh, "body.0.weight").grad)

@@ -106,6 +106,7 @@ def count(bits: Tensor, numel: int) -> int:
 
 def _call(name: str, source: Tensor, bits: Tensor, target: Tensor, dense: Tensor) -> None:
     function = getattr(library(), name)
+    check_size("the bits of a mask", bits, (dense.numel() + 7) // 8)
     threads = torch.get_num_threads()
     status: int = function(
         _address(source), _address(bits), _address(target), dense.numel(), dense.element_size(), threads

@@ -21,7 +21,7 @@ def rewind(state: TrainState) -> None:
     such as running means, stay as they are.
     """
     for fqn in state.weights:
-        state.weights[fqn] = live_slice(state.aside[fqn], state.own_bits(fqn))
+        state.weights[fqn] = live_slice(state.aside[fqn], state.bits.get(fqn))
 
 
 def regrow_saved(state: TrainState, fqns: Iterable[str]) -> None:

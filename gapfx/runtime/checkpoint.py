@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gapfx.errors import CheckpointError
 from gapfx.runtime.ranks import Peers, on_each, on_first
 from gapfx.runtime.slice_files import TABLES, read_slices, slice_file
-from gapfx.runtime.state import OptimizerState, Spread, TrainState, bytes_of
+from gapfx.runtime.state import OptimizerState, Spread, TrainState
 
 FORMAT_VERSION = 3
 _REPLACED = ".replaced-"
@@ -144,8 +144,7 @@ def _write_slices(directory: Path, state: TrainState) -> None:
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """What this rank writes: `table/FQN` -> tensor."""
-    own_bits = {fqn: bytes_of(bits, *state.bounds(fqn)) for fqn, bits in state.bits.items()}
-    held = dict(zip(TABLES, (state.weights, own_bits, state.sparse_bits, state.explored, state.aside), strict=True))
+    held = dict(zip(TABLES, (state.weights, state.bits, state.sparse_bits, state.explored, state.aside), strict=True))
     held |= {f"moment:{key}": moments for key, moments in state.optimizer.moments.items()}
     held |= {"buffers": state.buffers} if state.peers.rank == 0 else {}
     return {f"{table}/{fqn}": tensor.cpu() for table, tensors in held.items() for fqn, tensor in tensors.items()}
@@ -220,12 +219,14 @@ class _Reader:
         """Set the state."""
         facts = self.facts()
         layout = {fqn: Spread(tuple(shape), granule) for fqn, (shape, granule) in facts["layout"].items()}
-        tables = read_slices(self.path, layout, facts["num_slices"], self.peers)
+        tables, lives = read_slices(self.path, layout, facts["num_slices"], self.peers)
         moments = {table.partition(":")[2]: tables.pop(table) for table in list(tables) if table.startswith("moment:")}
         scalars = [{key: (value[0], value[1]) for key, value in group.items()} for group in facts["scalars"]]
         optimizer = OptimizerState(moments, scalars)
         step, owed = facts["step"], facts.get("owed", "")
-        self.state = TrainState(layout, optimizer=optimizer, peers=self.peers, step=step, owed=owed, **tables)
+        self.state = TrainState(
+            layout, optimizer=optimizer, peers=self.peers, step=step, owed=owed, lives=lives, **tables
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -157,10 +157,13 @@ def local_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def place(options: EngineOptions, team: Team) -> Callable[[nn.Parameter], None]:
-    """What is done to each parameter of a module for an engine as soon as it is made: stage 3 keeps a rank's part."""
+def place(options: EngineOptions, team: Team) -> Callable[[nn.Parameter], None] | None:
+    """What is done to each parameter of a module for an engine as soon as it is made: stage 3 keeps a rank's part.
+
+    None below stage 3, where every rank has the whole.
+    """
     if options.zero_stage < 3:
-        return lambda parameter: None
+        return None
     import deepspeed
 
     config, group = options.config(team.peers.size), team.peers.group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gapfx.errors import AuditError
-from gapfx.masks import bits_of, unpack, write_bits
+from gapfx.masks import unpack
 from gapfx.plan import Plan
 from gapfx.runtime.engine import (
     Engine,
@@ -21,10 +21,11 @@ from gapfx.runtime.engine import (
     local_device,
     place,
 )
+from gapfx.runtime.module_masks import put_bits, whole_bits_of
 from gapfx.runtime.ranks import Peers
 from gapfx.runtime.shards import make_state, moment_names, numel_of, read_part, scalars, write_part
 from gapfx.runtime.skeleton import module_from
-from gapfx.runtime.state import OptimizerState, TrainState, column, live_slice, own_part, whole
+from gapfx.runtime.state import OptimizerState, TrainState, column, live_slice, own_part, whole, whole_bits
 from gapfx.runtime.teams import Team, all_in_one_team
 
 # Optimizer state that begins at 0 and has a reason to change only where a gradient comes: 0 for ever where none does.
@@ -49,15 +50,15 @@ def build_module(
         found = column(state, state.weights, fqn).view(-1, 1) if fqn in live else whole(state, state.weights, fqn)
         return found.to(_dtype(parameter, options), copy=True)
 
-    module = module_from(
-        skeleton, value, local_device(), place(options, team or all_in_one_team()) if options else None
-    )
+    placed = place(options, team or all_in_one_team()) if options else None
+    module = module_from(skeleton, value, local_device(), placed)
     with torch.no_grad():
         for fqn, buffer in buffers_of(module):
             buffer.copy_(state.buffers[fqn])
-        for weight in plan.weights():
-            for fqn in (weight.fqn, *weight.aliases):
-                write_bits(module, fqn, state.bits[weight.fqn])
+    for weight in plan.weights():
+        bits = whole_bits(state, weight.fqn).to(local_device())
+        # Kernels that skip zeros keep an index of the whole mask, which they would make anew in every step.
+        put_bits(module, weight, bits, None if weight.kernel == "sparse" else placed)
     return module
 
 
@@ -108,7 +109,7 @@ def take_state(engine: Engine, state: TrainState, *, is_last: bool, with_optimiz
     `is_last`: the engine trains no more, and gives its memory up as it goes. Raises AuditError on every rank where
     masks were changed or weights that they drop are not 0.
     """
-    peers, problems = state.peers, _changed_masks(engine.module, state)
+    peers, problems = state.peers, list(_changed_masks(engine.module, state))
     for _, buffer in buffers_of(engine.module):
         _average(buffer, peers)
     state.buffers = {fqn: buffer.detach().cpu().clone() for fqn, buffer in buffers_of(engine.module)}
@@ -134,8 +135,7 @@ def _take(state: TrainState, table: dict[str, Tensor], fqn: str, values: Tensor,
         table[fqn] = own_part(state, fqn, values)
         return []
     start, stop = state.bounds(fqn)
-    own, bits = values.flatten()[start:stop], state.own_bits(fqn)
-    assert bits is not None
+    own, bits = values.flatten()[start:stop], state.bits[fqn]
     table[fqn] = live_slice(own, bits)
     alive = int(own[~unpack(bits, own.shape)].count_nonzero())
     if not alive or (key is not None and key not in ZERO_WITHOUT_GRADIENT):
@@ -144,12 +144,12 @@ def _take(state: TrainState, table: dict[str, Tensor], fqn: str, values: Tensor,
     return [f"{alive} {what} of {fqn} are not zero"]
 
 
-def _changed_masks(module: nn.Module, state: TrainState) -> list[str]:
-    return [
-        f"the mask of {fqn} was changed in the model"
-        for fqn, bits in state.bits.items()
-        if not torch.equal(bits_of(module, fqn).cpu(), bits)
-    ]
+def _changed_masks(module: nn.Module, state: TrainState) -> Iterator[str]:
+    for fqn in state.bits:
+        bits = whole_bits(state, fqn)
+        with whole_bits_of(module, fqn) as held:
+            if not torch.equal(held.cpu(), bits):
+                yield f"the mask of {fqn} was changed in the model"
 
 
 def _raise(problems: list[str], state: TrainState) -> None:

@@ -27,6 +27,7 @@ def dense_gradients(run: PhaseRun, state: TrainState) -> dict[str, Tensor]:
         state,
         weights=dict(state.weights),
         bits=dict(state.bits),
+        lives=dict(state.lives),
         explored=dict(state.explored),
         optimizer=OptimizerState(),
     )

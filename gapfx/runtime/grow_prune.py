@@ -22,7 +22,7 @@ from gapfx.plan import Plan, Weight
 from gapfx.runtime.ranks import Peers
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_all, top_of_slices
-from gapfx.runtime.state import BYTE, Spread, TrainState, bytes_of, dense_slice, joined_bits, live_slice, whole
+from gapfx.runtime.state import BYTE, Spread, TrainState, dense_slice, live_slice, whole, whole_bits
 
 Gradients = Mapping[str, Tensor]
 NO_GRADIENTS: Gradients = {}
@@ -82,7 +82,8 @@ def start_masks(state: TrainState, plan: Plan, seed: int, gradients: Gradients =
     draw = _draws(plan, seed, 0)
     scoring = Scoring(plan.start_masks, draw, gradients)
     for weight in plan.weights():
-        state.bits[weight.fqn], state.sparse_bits[weight.fqn] = _ones(weight.numel), _own_ones(state, weight.fqn)
+        state.put_ones(weight.fqn)
+        state.sparse_bits[weight.fqn] = state.bits[weight.fqn]
     for number, group in enumerate(plan.groups):
         is_apart = is_ordinal(CRITERIA[plan.start_masks])
         pools = [(weight,) for weight in group.weights] if is_apart else plan.pools(group)
@@ -99,8 +100,8 @@ def grow(state: TrainState, plan: Plan, groups: Iterable[int]) -> None:
             fqn = weight.fqn
             for table in state.tables(fqn):
                 table[fqn] = dense_slice(state, table, fqn)
-            state.bits[fqn] = _ones(weight.numel)
-            state.explored[fqn] = _own_ones(state, fqn)
+            state.put_ones(fqn)
+            state.explored[fqn] = state.bits[fqn]
 
 
 def prune(
@@ -130,7 +131,7 @@ def _prune(state: TrainState, weight: Weight, mask: Tensor) -> PrunedWeight:
 def sparsity_now(state: TrainState) -> float:
     """Share of zeros over all planned weights, by the masks in force."""
     numel = sum(state.layout[fqn].numel for fqn in state.bits)
-    return 1 - sum(count_kept(bits) for bits in state.bits.values()) / numel if numel else 0.0
+    return 1 - sum(state.num_live(fqn) for fqn in state.bits) / numel if numel else 0.0
 
 
 def explored_share(state: TrainState) -> float:
@@ -141,17 +142,20 @@ def explored_share(state: TrainState) -> float:
 
 
 def check_ranks_agree(state: TrainState) -> None:
-    """Raise AuditError that names the weights and the ranks whose masks differ from those of most (collective)."""
-    every = state.peers.tell(digest(state.bits))
-    if len(set(every)) == 1:
-        return
-    each = state.peers.tell({fqn: digest({fqn: bits}) for fqn, bits in state.bits.items()})
-    for fqn in state.bits:
-        found = [digests[fqn] for digests in each]
-        usual = max(found, key=found.count)
-        wrong = [rank for rank, other in enumerate(found) if other != usual]
-        if wrong:
-            raise AuditError(f"masks of {fqn} on ranks {wrong} differ from those of the others at step {state.step}")
+    """Raise AuditError that names a weight whose slices are not what the ranks know of them (collective).
+
+    Masks are cut over ranks; all of them know how many values live in each slice.
+    """
+    counts = torch.zeros(len(state.bits), state.peers.size, dtype=torch.int64)
+    counts[:, state.peers.rank] = torch.tensor([count_kept(bits) for bits in state.bits.values()], dtype=torch.int64)
+    found = dict(zip(state.bits, map(tuple, state.peers.total(counts).tolist()), strict=True))
+    wrong = next((fqn for fqn in found if found[fqn] != state.lives[fqn]), None)
+    for rank, fqn in enumerate(state.peers.tell(wrong)):
+        if fqn is not None:
+            raise AuditError(
+                f"slices of the mask of {fqn} keep {list(found[fqn])} weights at step {state.step}, "
+                f"and rank {rank} took them to keep {list(state.lives[fqn])}"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,15 +168,15 @@ class Audit:
 
 
 def audit(state: TrainState, plan: Plan) -> Audit:
-    """Compare masks over ranks, and each with its target; a weight that has grown is all live (collective).
+    """Compare masks with what ranks know of them, and each with its target (collective).
 
-    Weights that are pruned together have a target together.
+    A weight that has grown is all live. Weights that are pruned together have a target together.
     Raises AuditError that names the weights.
     """
     check_ranks_agree(state)
     kept, wanted, numel, problems = 0, 0, 0, list[str]()
     for pool in (pool for group in plan.groups for pool in plan.pools(group)):
-        actual, target = sum(count_kept(state.bits[weight.fqn]) for weight in pool), _num_planned(pool)
+        actual, target = sum(state.num_live(weight.fqn) for weight in pool), _num_planned(pool)
         dense = sum(weight.numel for weight in pool)
         if actual not in (target, dense):
             which, whose = ("mask of {} keeps", "its") if len(pool) == 1 else ("masks of {} together keep", "their")
@@ -184,7 +188,7 @@ def audit(state: TrainState, plan: Plan) -> Audit:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise AuditError(f"{problems[0]} on all ranks at step {state.step}{more}")
     sparsity, target = ((1 - live / numel if numel else 0.0) for live in (kept, wanted))
-    return Audit(sparsity, target, digest(state.bits))
+    return Audit(sparsity, target, digest((fqn, whole_bits(state, fqn)) for fqn in sorted(state.bits)))
 
 
 def check_prunes(plan: Plan) -> None:
@@ -276,12 +280,5 @@ def set_mask(state: TrainState, fqn: str, mask: Tensor) -> None:
     own = pack(mask)
     for table in state.tables(fqn):
         table[fqn] = live_slice(dense_slice(state, table, fqn), own)
-    state.sparse_bits[fqn], state.bits[fqn] = own, joined_bits(state, fqn, own)
-
-
-def _ones(numel: int) -> Tensor:
-    return pack(torch.ones(numel, dtype=torch.bool))
-
-
-def _own_ones(state: TrainState, fqn: str) -> Tensor:
-    return bytes_of(_ones(state.layout[fqn].numel), *state.bounds(fqn)).clone()
+    state.put_bits(fqn, own)
+    state.sparse_bits[fqn] = own

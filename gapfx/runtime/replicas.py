@@ -26,6 +26,7 @@ from gapfx.runtime.state import (
     joined_bits,
     num_before,
     own_part,
+    whole_bits,
 )
 from gapfx.runtime.teams import Team
 
@@ -33,8 +34,9 @@ from gapfx.runtime.teams import Team
 def for_team(state: TrainState, peers: Peers) -> TrainState:
     """A copy of the state, cut for a team (collective over all ranks); the state itself stays as it is."""
     copy = TrainState(state.layout, {}, {}, peers=peers, step=state.step)
-    copy.bits = {fqn: bits.clone() for fqn, bits in state.bits.items()}
     copy.buffers = {fqn: buffer.clone() for fqn, buffer in state.buffers.items()}
+    for fqn in state.bits:
+        copy.put_bits(fqn, bytes_of(whole_bits(state, fqn), *copy.bounds(fqn)).clone())
     copy.weights = {fqn: own_part(copy, fqn, column(state, state.weights, fqn)) for fqn in state.weights}
     moments = {
         key: {fqn: own_part(copy, fqn, column(state, table, fqn)) for fqn in table}
@@ -59,7 +61,7 @@ class Merge:
     def __post_init__(self) -> None:
         """Begin with nothing."""
         self.into = TrainState(self.start.layout, {}, {}, peers=self.start.peers)
-        for table in ("bits", "sparse_bits", "explored"):
+        for table in ("bits", "lives", "sparse_bits", "explored"):
             setattr(self.into, table, dict(getattr(self.start, table)))
 
     def add(self, mine: TrainState, team: Team, turn: int, trained: frozenset[str]) -> None:
@@ -101,9 +103,8 @@ class Merge:
                 start = num_bytes(mine.bounds(fqn)[0])
                 whole[start : start + own.numel()] = own
             whole = into.peers.joined(whole)
-            if name == "sparse_bits":
-                into.bits[fqn] = whole
             getattr(into, name)[fqn] = bytes_of(whole, *into.bounds(fqn)).clone()
+        into.put_bits(fqn, into.sparse_bits[fqn])
 
     def _taken(self, fqn: str, num_live: int, mine: TrainState | None, table: Mapping[str, Tensor]) -> Tensor:
         """This rank's slice of a weight that one team owns."""
@@ -138,5 +139,5 @@ class Merge:
 
     def finish(self) -> None:
         """Put the merged state in the place of the start."""
-        for name in ("weights", "buffers", "bits", "sparse_bits", "explored", "optimizer", "step"):
+        for name in ("weights", "buffers", "bits", "lives", "sparse_bits", "explored", "optimizer", "step"):
             setattr(self.start, name, getattr(self.into, name))

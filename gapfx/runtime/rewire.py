@@ -16,7 +16,7 @@ from gapfx.runtime.gradients import dense_gradients
 from gapfx.runtime.grow_prune import set_mask
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_slices
-from gapfx.runtime.state import TrainState, bytes_of, dense_slice
+from gapfx.runtime.state import TrainState, dense_slice
 from gapfx.runtime.steps import PhaseRun
 
 
@@ -40,7 +40,7 @@ def rewire(run: PhaseRun, state: TrainState) -> int:
 
 def _rewire(state: TrainState, weight: Weight, drop: float, score: Tensor) -> int:
     fqn, num_live = weight.fqn, state.num_live(weight.fqn)
-    before = bytes_of(state.bits[fqn], *state.bounds(fqn)).clone()
+    before = state.bits[fqn]
     is_live = unpack(before, score.shape)
     magnitude = dense_slice(state, state.weights, fqn).abs().masked_fill(~is_live, -1)
     kept = _highest(state, weight, magnitude, num_live - math.floor(drop * num_live))

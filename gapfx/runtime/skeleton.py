@@ -1,4 +1,4 @@
-"""A module without its weights, from which a fresh module for each phase is made."""
+"""A module without its weights and masks, from which a fresh module for each phase is made."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gapfx.masks import split_fqn
+from gapfx.runtime.module_masks import without_bits
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:
-    """A deep copy whose parameters are empty meta tensors; tied parameters stay tied, buffers are copied."""
+    """A deep copy whose parameters are meta tensors and whose masks are empty; tied parameters stay tied."""
     empty = {
         fqn: nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         for fqn, parameter in module.named_parameters()
@@ -31,7 +32,7 @@ def module_from(
     device: torch.device,
     place: Callable[[nn.Parameter], None] | None = None,
 ) -> nn.Module:
-    """A fresh module on `device`; the skeleton is left as it was.
+    """A fresh module on `device`, still without masks; the skeleton is left as it was.
 
     `value(fqn, parameter)` gives each parameter's tensor, one after another, for the module to keep; `place` is called
     with each new parameter before the next one is made.
@@ -47,7 +48,8 @@ def module_from(
 
 def _copy(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """A deep copy with these parameters in place of its own."""
-    twin = copy.deepcopy(module, {id(old): parameters[fqn] for fqn, old in module.named_parameters()})
+    held: dict[int, Tensor] = {id(old): parameters[fqn] for fqn, old in module.named_parameters()}
+    twin = copy.deepcopy(module, held | without_bits(module))
     for fqn, old in module.named_parameters(remove_duplicate=False):
         path, name = split_fqn(fqn)
         if isinstance(module.get_submodule(path), torch.jit.ScriptModule):

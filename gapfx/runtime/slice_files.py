@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ def slice_file(rank: int) -> str:
 
 def read_slices(
     directory: Path, layout: dict[str, Spread], num_slices: int, peers: Peers
-) -> dict[str, dict[str, Tensor]]:
-    """Table -> FQN -> this rank's slice, cut for `peers`; `bits` whole, `buffers` as they are.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
+    """Table -> FQN -> this rank's slice, cut for `peers` (`buffers` as they are), and how many live in each slice.
 
     Raises KeyError, ValueError or safetensors' error for files that do not fit together.
     """
@@ -35,7 +35,8 @@ def read_slices(
         files = [
             stack.enter_context(safe_open(directory / slice_file(rank), framework="pt")) for rank in range(num_slices)
         ]
-        return _Source(files, layout, peers).tables()
+        source = _Source(files, layout, peers)
+        return source.tables(), source.lives
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,37 @@ class _Source:
     files: list[Any]
     layout: dict[str, Spread]
     peers: Peers
+    lives: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     def tables(self) -> dict[str, dict[str, Tensor]]:
-        names = [key.partition("/")[::2] for key in self.files[0].keys()]  # noqa: SIM118
+        """One weight after another, so that no rank holds more than one mask whole; sets `lives`."""
+        tables_of: dict[str, list[str]] = {}
+        for key in self.files[0].keys():  # noqa: SIM118
+            table, _, fqn = key.partition("/")
+            tables_of.setdefault(fqn, []).append(table)
         found: dict[str, dict[str, Tensor]] = {table: {} for table in (*TABLES, "buffers")}
-        found["bits"] = {fqn: self._whole_bits(fqn) for table, fqn in names if table == "bits"}
-        for table, fqn in names:
-            if table == "buffers":
-                found[table][fqn] = self.files[0].get_tensor(f"buffers/{fqn}")
-            elif table in ("sparse_bits", "explored"):
-                found[table][fqn] = bytes_of(self._joined(f"{table}/{fqn}"), *self._bounds(fqn)).clone()
-            elif table != "bits":
-                bits = None if table == "aside" else found["bits"].get(fqn)
-                found.setdefault(table, {})[fqn] = self._values(table, fqn, bits)
+        for fqn, tables in tables_of.items():
+            bits = self._whole_bits(fqn) if "bits" in tables else None
+            if bits is not None:
+                self.lives[fqn] = self._counts(fqn, bits)
+            for table in tables:
+                found.setdefault(table, {})[fqn] = self._slice(table, fqn, bits)
         return found
+
+    def _slice(self, table: str, fqn: str, bits: Tensor | None) -> Tensor:
+        if table == "buffers":
+            return self.files[0].get_tensor(f"buffers/{fqn}")
+        if table in ("bits", "sparse_bits", "explored"):
+            joined = self._joined(f"{table}/{fqn}") if table != "bits" or bits is None else bits
+            return bytes_of(joined, *self._bounds(fqn)).clone()
+        return self._values(table, fqn, None if table == "aside" else bits)
 
     def _bounds(self, fqn: str) -> tuple[int, int]:
         return self.layout[fqn].bounds(self.peers.rank, self.peers.size)
+
+    def _counts(self, fqn: str, bits: Tensor) -> tuple[int, ...]:
+        bounds = (self.layout[fqn].bounds(rank, self.peers.size) for rank in range(self.peers.size))
+        return tuple(count_kept(bytes_of(bits, start, stop)) for start, stop in bounds)
 
     def _whole_bits(self, fqn: str) -> Tensor:
         bits = self._joined(f"bits/{fqn}")

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gapfx.masks import count_kept, num_bytes
+from gapfx.masks import count_kept, num_bytes, pack
 from gapfx.ops.expand import dense_of, packed_of
 from gapfx.runtime.ranks import Peers
 
@@ -57,10 +57,10 @@ class Spread:
 class TrainState:
     """All that outlives an engine; `peers` hold it together.
 
-    layout: FQN of every parameter -> how it is cut. weights: FQN -> live fp32 values of this rank's slice. buffers: FQN
-    -> buffer. bits: FQN -> packed mask in force, whole, on every rank. Of this rank's slice alone: sparse_bits, the
-    mask each weight had when it was last sparse, explored, bits of weights that were live in any phase so far, and
-    aside, dense fp32 values that were kept for a later phase (see gapfx.runtime.aside).
+    layout: FQN of every parameter -> how it is cut. buffers: FQN -> buffer, whole. lives: FQN -> number of live values
+    in each rank's slice. Of this rank's slice: weights, FQN -> live fp32 values; bits, FQN -> packed mask in force;
+    sparse_bits, the mask when the weight was last sparse; explored, bits of weights that were live in any phase so
+    far; aside, dense fp32 values that were kept for a later phase (see gapfx.runtime.aside).
     `step` counts optimizer steps done. `owed` is the evaluation of that step which is still to be made: as the weights
     were trained, which at a phase's end is before its prune, or pruned.
     """
@@ -72,6 +72,7 @@ class TrainState:
     sparse_bits: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     explored: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     aside: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    lives: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     peers: Peers = field(default_factory=Peers)
     step: int = 0
@@ -81,13 +82,28 @@ class TrainState:
         """Start and stop of this rank's slice of a weight."""
         return self.layout[fqn].bounds(self.peers.rank, self.peers.size)
 
-    def own_bits(self, fqn: str) -> Tensor | None:
-        """The mask of this rank's slice; None for a parameter without a mask."""
-        return bytes_of(self.bits[fqn], *self.bounds(fqn)) if fqn in self.bits else None
+    def put_bits(self, fqn: str, own: Tensor) -> None:
+        """Put the packed mask of this rank's slice in force; values and moments are left alone (collective)."""
+        counts = torch.zeros(self.peers.size, dtype=torch.int64)
+        counts[self.peers.rank] = count_kept(own)
+        self.bits[fqn], self.lives[fqn] = own, tuple(self.peers.total(counts).tolist())
+
+    def put_ones(self, fqn: str) -> None:
+        """A mask that keeps everything."""
+        start, stop = self.bounds(fqn)
+        self.bits[fqn], self.lives[fqn] = pack(torch.ones(stop - start, dtype=torch.bool)), self._sizes(fqn)
 
     def num_live(self, fqn: str) -> int:
         """Number of live values in all slices."""
-        return count_kept(self.bits[fqn]) if fqn in self.bits else self.layout[fqn].numel
+        return sum(self.lives[fqn]) if fqn in self.bits else self.layout[fqn].numel
+
+    def is_all_live(self, fqn: str) -> bool:
+        """Whether no value of it is masked."""
+        return self.num_live(fqn) == self.layout[fqn].numel
+
+    def _sizes(self, fqn: str) -> tuple[int, ...]:
+        bounds = (self.layout[fqn].bounds(rank, self.peers.size) for rank in range(self.peers.size))
+        return tuple(stop - start for start, stop in bounds)
 
     def tables(self, fqn: str) -> list[dict[str, Tensor]]:
         """Where values of a weight are: the weight itself, and its moments."""
@@ -101,7 +117,7 @@ def bytes_of(bits: Tensor, start: int, stop: int) -> Tensor:
 
 def dense_slice(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
     """This rank's slice of a weight or moment with its zeros in place, flat."""
-    (start, stop), bits = state.bounds(fqn), state.own_bits(fqn)
+    (start, stop), bits = state.bounds(fqn), state.bits.get(fqn)
     return table[fqn] if bits is None else dense_of(table[fqn].view(-1, 1), bits, (stop - start,))
 
 
@@ -124,21 +140,26 @@ def column(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
 def whole(state: TrainState, table: Mapping[str, Tensor], fqn: str) -> Tensor:
     """The dense weight or moment with its zeros in place (collective); not to be written, it may be the slice."""
     shape, values = state.layout[fqn].shape, column(state, table, fqn)
-    return dense_of(values.view(-1, 1), state.bits[fqn], shape) if fqn in state.bits else values.view(shape)
+    if state.is_all_live(fqn):
+        return values.view(shape)
+    return dense_of(values.view(-1, 1), whole_bits(state, fqn), shape)
 
 
 def own_part(state: TrainState, fqn: str, values: Tensor) -> Tensor:
     """This rank's slice of all live values of a weight, in memory of its own."""
-    first, bits = num_before(state, fqn), state.own_bits(fqn)
     start, stop = state.bounds(fqn)
-    count = stop - start if bits is None else count_kept(bits)
+    first, count = num_before(state, fqn), state.lives[fqn][state.peers.rank] if fqn in state.bits else stop - start
     return values.flatten()[first : first + count].clone()
 
 
 def num_before(state: TrainState, fqn: str) -> int:
     """Number of live values in the slices of lower ranks."""
-    start, _ = state.bounds(fqn)
-    return count_kept(bytes_of(state.bits[fqn], 0, start)) if fqn in state.bits else start
+    return sum(state.lives[fqn][: state.peers.rank]) if fqn in state.bits else state.bounds(fqn)[0]
+
+
+def whole_bits(state: TrainState, fqn: str) -> Tensor:
+    """The whole packed mask in force (collective); not to be written, it may be the slice."""
+    return joined_bits(state, fqn, state.bits[fqn])
 
 
 def joined_bits(state: TrainState, fqn: str, own: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def state_of(step: int, size: int = 5) -> TrainState:
         weights,
         buffers={"n": torch.tensor(7), "mean": torch.randn(3).bfloat16(), "flag": torch.tensor([True, False])},
         bits={"a.weight": bits},
+        lives={"a.weight": (live,)},
         sparse_bits={"a.weight": bits},
         explored={"a.weight": bits | 1},
         optimizer=OptimizerState(moments, [{"step": (3.0, True), "count": (4, False)}, {}]),

@@ -7,6 +7,7 @@ from torch import nn
 
 import gapfx
 from gapfx.masks import bits_of, stored_parameter
+from gapfx.runtime.module_masks import put_bits
 from gapfx.runtime.skeleton import hollow, module_from, skeleton_of
 from tests.models import LanguageModel, Tagger, TiedPair, cnn, mlp, tokens
 
@@ -72,11 +73,14 @@ def test_whole_fp32_weights_become_the_modules_own_type() -> None:
         assert torch.equal(parameter, weights[fqn].bfloat16())
 
 
-def test_masked_modules_keep_their_masks_also_where_weights_are_read_by_name() -> None:
+def test_masked_modules_are_given_their_masks_also_where_weights_are_read_by_name() -> None:
     model = Tagger()
     sparse = gapfx.sparsify(model, (tokens(),), sparsity=0.5)
     skeleton = skeleton_of(model)
     fresh = filled(skeleton, weights_of(model))
+    for weight in sparse.plan.weights():
+        assert bits_of(fresh, weight.fqn).numel() == bits_of(skeleton, weight.fqn).numel() == 0
+        put_bits(fresh, weight, bits_of(model, weight.fqn), None)
     assert torch.equal(fresh(tokens()), model(tokens()))
     for fqn in sparse.masks:
         assert bits_of(fresh, fqn) is not bits_of(model, fqn)

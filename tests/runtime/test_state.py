@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gapfx.masks import pack
 from gapfx.runtime.ranks import Peers
-from gapfx.runtime.state import Spread, TrainState, column, dense_slice, joined_bits, live_slice, own_part, whole
+from gapfx.runtime.state import Spread, TrainState, column, dense_slice, live_slice, own_part, whole, whole_bits
 from tests.runtime.threads import at, on_ranks
 
 
@@ -36,7 +36,9 @@ def state_of(shape: tuple[int, ...], kept: float) -> tuple[TrainState, Tensor]:
     dense.view(-1)[: min(3, dense.numel())] = special[: min(3, dense.numel())]
     mask.view(-1)[:3] = True
     bits = pack(mask)
-    return TrainState({"w": Spread(shape)}, {"w": live_slice(dense.flatten(), bits)}, bits={"w": bits}), dense
+    state = TrainState({"w": Spread(shape)}, {"w": live_slice(dense.flatten(), bits)})
+    state.put_bits("w", bits)
+    return state, dense
 
 
 def bits_equal(one: Tensor, other: Tensor) -> bool:
@@ -57,7 +59,7 @@ def test_the_whole_comes_back_from_slices_to_the_bit(shape: tuple[int, ...], kep
         assert bits_equal(column(mine, mine.weights, "w"), live)
         assert bits_equal(whole(mine, mine.weights, "w"), dense)
         assert bits_equal(own_part(mine, "w", live), mine.weights["w"])
-        assert torch.equal(joined_bits(mine, "w", mine.own_bits("w")), state.bits["w"])
+        assert torch.equal(whole_bits(mine, "w"), state.bits["w"])
         return mine.weights["w"].numel()
 
     assert sum(on_ranks(size, check)) == live.numel() == state.num_live("w")
@@ -69,7 +71,7 @@ def test_a_parameter_without_a_mask_is_cut_too() -> None:
 
     def check(peers: Peers) -> list[float]:
         mine = at(peers, state)
-        assert mine.own_bits("bias") is None
+        assert "bias" not in mine.bits
         assert bits_equal(whole(mine, mine.weights, "bias"), value)
         return mine.weights["bias"].tolist()
 

@@ -74,9 +74,14 @@ def on_ranks(size: int, action: Callable[[Peers], Result]) -> list[Result]:
 
 def at(peers: Peers, state: Any) -> Any:
     """A copy of a whole state, with a rank's slices of it."""
+    from gapfx.masks import count_kept
     from gapfx.runtime.state import bytes_of, own_part
 
-    mine = dataclasses.replace(state, peers=peers)
+    bounds = {
+        fqn: [spread.bounds(rank, peers.size) for rank in range(peers.size)] for fqn, spread in state.layout.items()
+    }
+    lives = {fqn: tuple(count_kept(bytes_of(bits, *each)) for each in bounds[fqn]) for fqn, bits in state.bits.items()}
+    mine = dataclasses.replace(state, peers=peers, lives=lives)
     cut = {fqn: own_part(mine, fqn, value) for fqn, value in state.weights.items()}
     moments = {
         key: {fqn: own_part(mine, fqn, value) for fqn, value in table.items()}
@@ -85,7 +90,7 @@ def at(peers: Peers, state: Any) -> Any:
     return dataclasses.replace(
         mine,
         weights=cut,
-        bits={fqn: bits.clone() for fqn, bits in state.bits.items()},
+        bits={fqn: bytes_of(bits, *mine.bounds(fqn)).clone() for fqn, bits in state.bits.items()},
         sparse_bits={fqn: bytes_of(bits, *mine.bounds(fqn)).clone() for fqn, bits in state.sparse_bits.items()},
         explored={fqn: bytes_of(bits, *mine.bounds(fqn)).clone() for fqn, bits in state.explored.items()},
         optimizer=dataclasses.replace(state.optimizer, moments=moments),
