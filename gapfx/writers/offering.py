@@ -62,6 +62,8 @@ class Writers:
 
     def offer(self, event: Mapping[str, Any]) -> list[Event]:
         """Warnings about the writers that have failed with this event, which is in metrics.jsonl already."""
+        if not self.open:
+            return []
         points = self.reader.read(event)
         return [*self._failures(self.open, [points])]
 
@@ -115,6 +117,8 @@ def open_writers(
     `kept`. A writer that cannot be opened stops a new run by UserError, and is only warned of in one that goes on.
     """
     writers, warnings = Writers(Reader(plan)), list[Event]()
+    if not names:
+        return writers, warnings
     opening = Opening(folder, settings, step, read_all(plan, before))
     for name in _split(names):
         try:

@@ -55,7 +55,7 @@ class Reader:
 
     def _of_step(self, event: Event) -> Points:
         step, seconds = event["step"], event["seconds"]
-        scalars = {f"train/{name}": float(event[name]) for name in ("loss", "lr", "grad_norm")}
+        scalars = {f"train/{name}": float(event[name]) for name in _OF_STEPS if name in event}
         if self._last_line is not None and seconds > self._last_line[1]:
             before, began = self._last_line
             scalars["speed/steps_per_second"] = (step - before) / (seconds - began)
@@ -99,4 +99,5 @@ def read_all(plan: Plan, events: Iterable[Event]) -> list[Points]:
     return [reader.read(event) for event in events]
 
 
+_OF_STEPS = ("loss", "lr", "grad_norm")  # runs that are older have not all of them
 _CHANGES = {"grows": "grow", "prunes": "prune"}
