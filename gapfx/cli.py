@@ -74,6 +74,7 @@ def sparsify(
     seed: flag.Seed = None,
     test: flag.Test = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
+    log_to: flag.LogTo = None,
     eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Checkpoints that are kept.")] = None,

@@ -58,6 +58,9 @@ Test = Annotated[bool | None, typer.Option("--test/--no-test", help='Evaluate on
 Init = Annotated[
     str | None, typer.Option(help="Weights to begin with: a run, a .gapfx file, or dense safetensors (file or folder).")
 ]
+LogTo = Annotated[
+    str | None, typer.Option(help="Show events in tensorboard, wandb or both (split by a comma), beside metrics.jsonl.")
+]
 Ranks = Annotated[str, typer.Option(help="Tell bytes of a rank, traffic and operations for so many: 1,8,64.")]
 Memory = Annotated[str, typer.Option(help="With --ranks: the fewest ranks whose memory this is, such as 80GiB.")]
 Device = Annotated[str, typer.Option("--profile", help="With --ranks: seconds of a step on a100, h100 or h200.")]

@@ -42,10 +42,9 @@ class SparseCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if getattr(args, "deepspeed", None):
             raise UserError("masks cannot be held in a Trainer with DeepSpeed", fix="train with `gapfx sparsify`")
-        self.held = hold(_bare(model), optimizer, **self.given)
-        if state.global_step:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.held.load_state_dict(read_state(folder))
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        read = read_state(folder) if state.global_step else None
+        self.held = hold(_bare(model), optimizer, **self.given, state=read)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the masks beside the model."""

@@ -30,11 +30,14 @@ def hold(
     masks: Mapping[str, Tensor] | None = None,
     plan: Plan | None = None,
     seed: int = 0,
+    state: Mapping[str, Any] | None = None,
 ) -> Held:
     """Keep masked weights of a model 0 while an optimizer trains it, until `remove()`.
 
     `masks` are bool tensors by FQN, True = kept; `masks_from_zeros` makes them of a sparse checkpoint. Or a `plan` with
-    phases (gapfx.with_schedule) makes and changes them: seeds and weights being alike, all ranks get the same.
+    phases (gapfx.with_schedule) makes and changes them: seeds and weights being alike, all ranks get the same. FQNs are
+    those of the model inside of a data-parallel wrapper. A model that was loaded from a checkpoint goes on with the
+    `state_dict()` of then as `state`: the masks that a plan starts with would zero what it has learned.
 
     Raises UserError for a model without such parameters, an optimizer whose steps cannot be followed, and a plan that
     needs gapfx's own runtime.
@@ -43,14 +46,28 @@ def hold(
         raise UserError(
             "hold() takes either masks or a plan", fix="give masks=... of the model, or plan=... with phases"
         )
-    held = Held(model, plan)
+    held = Held(_bare(model), plan)
     if plan is not None:
         _check_plan(plan)
+    if state is not None:
+        held.take(state, {weight.fqn for weight in plan.weights()} if plan else set(masks or {}))
+    elif plan is not None:
         held.masks = held.start_masks(plan, seed)
     else:
         held.masks = {fqn: mask.bool() for fqn, mask in (masks or {}).items()}
     held.attach(optimizer)
     return held
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside of data-parallel wrappers and torch.compile's, by whose names parameters are known."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def masks_from_zeros(model: nn.Module, *, least: float = 0.3) -> dict[str, Tensor]:
@@ -125,13 +142,18 @@ class Held:
         return {"version": _STATE_VERSION, "num_steps": self.num_steps, "phase": self.phase, "bits": bits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Raises UserError for one of another model."""
-        if state.get("version") != _STATE_VERSION or set(state["bits"]) != set(self.masks):
+        """Go on from a checkpoint, whose weights are in the model. Raises UserError for one of another model."""
+        self.take(state, set(self.masks))
+        self.apply()
+
+    def take(self, state: Mapping[str, Any], fqns: set[str]) -> None:
+        """Masks, of these weights, and place in the phases of a checkpoint. Raises UserError for one of others."""
+        if state.get("version") != _STATE_VERSION or set(state["bits"]) != fqns or fqns - self._parameters.keys():
             raise UserError("the masks are those of another model", fix=_OTHER_MODEL)
         self.num_steps, self.phase = int(state["num_steps"]), int(state["phase"])
         for fqn, bits in state["bits"].items():
-            self.masks[fqn] = unpack(bits, self.masks[fqn].shape).to(self.masks[fqn].device)
-        self.apply()
+            parameter = self._parameters[fqn]
+            self.masks[fqn] = unpack(bits.cpu(), parameter.shape).to(parameter.device)
 
     def start_masks(self, plan: Plan, seed: int) -> dict[str, Tensor]:
         """Of every planned weight: all live where the first phase grows, random else."""

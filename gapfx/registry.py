@@ -1,4 +1,4 @@
-"""One registry a kind of extension: passes, criteria, patterns, schedules."""
+"""One registry a kind of extension: passes, criteria, patterns, schedules, task formats, writers of events."""
 
 from __future__ import annotations
 

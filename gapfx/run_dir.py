@@ -17,7 +17,7 @@ from gapfx.settings import Settings, merge
 # Settings that a resumed run may change: they alter neither what is computed, but for rounding, nor the files that
 # are already there. `kernels` is not among them: a resumed run follows what its plan holds,
 # which was chosen with it, without measuring.
-FREE_ON_RESUME = ("log_every", "keep_checkpoints", "nproc", "zero", "form", "deepspeed", "calibrate")
+FREE_ON_RESUME = ("log_every", "log_to", "keep_checkpoints", "nproc", "zero", "form", "deepspeed", "calibrate")
 
 
 _OWN_FILES = (
@@ -29,7 +29,9 @@ _OWN_FILES = (
     "model.gapfx",
     "summary.json",
     "report.html",
+    "wandb.json",
 )
+_OWN_FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in _OWN_FILES:
                 (self.path / name).unlink(missing_ok=True)
-            if self.checkpoints.exists():
-                shutil.rmtree(self.checkpoints)
+            for folder in (self.path / name for name in _OWN_FOLDERS):
+                if folder.exists():
+                    shutil.rmtree(folder)
             write_atomically(self.config, settings.to_json())
             write_atomically(self.plan, plan.to_json())
             if task is not None:

@@ -54,6 +54,7 @@ class Settings:
     seed: int = 0
     test: bool = False
     log_every: int = 10
+    log_to: str = ""
     eval_epochs: float = 1.0
     checkpoint_every: int = 0
     keep_checkpoints: int = 3

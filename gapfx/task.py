@@ -1,4 +1,7 @@
-"""The task file: any Python file with `model()` and, for training, `data(split)` and `loss(model, batch)`."""
+"""The task file: a file with `model()` and, for training, `data(split)` and `loss(model, batch)`.
+
+Python files are the format that gapfx brings; others are registered in TASK_FORMATS.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,17 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from gapfx.errors import GapfxError, TaskError
+from gapfx.registry import Registry
+
+# What stands in a task file, by name: functions of the task, other models, and `defaults`.
+Names = Mapping[str, Any]
+TaskFormat = Callable[[Path], Names]
+
+# By the suffix of the file's name.
+TASK_FORMATS: Registry[TaskFormat] = Registry("task format")
 
 _HERE = Path(__file__).parent
 _NUM_ARGUMENTS = {"model": 0, "data": 1, "loss": 2, "evaluate": 2, "optimizer": 1, "lr": 2, "collate": 1, "example": 0}
@@ -47,16 +57,16 @@ class Task:
 
 
 def load_task(path: Path, entry: str = "model") -> Task:
-    """The task in a Python file; `entry` is the name of its model function. Raises TaskError."""
-    module = _import(path)
-    functions = {"model": getattr(module, entry, None)}
-    functions |= {name: getattr(module, name, None) for name in _NUM_ARGUMENTS if name != "model"}
+    """The task in a file of a known format; `entry` is the name of its model function. Raises TaskError."""
+    found = _names(path)
+    functions = {"model": found.get(entry)}
+    functions |= {name: found.get(name) for name in _NUM_ARGUMENTS if name != "model"}
     if functions["model"] is None:
         raise TaskError(
             f"the task has no function {entry}()", where=str(path), fix="define model() or name another with --entry"
         )
     guarded = {name: _guard(name, function, path) for name, function in functions.items() if function is not None}
-    defaults = getattr(module, "defaults", {})
+    defaults = found.get("defaults", {})
     if not isinstance(defaults, Mapping):
         raise TaskError(f"defaults is a {type(defaults).__name__}", where=str(path), fix="make it a dict of settings")
     rest = cast(dict[str, Any], guarded)
@@ -69,24 +79,41 @@ def split_entry(text: str) -> tuple[Path, str]:
     return (Path(path), name) if colon and name.isidentifier() else (Path(text), "model")
 
 
-def _import(path: Path) -> ModuleType:
+def _names(path: Path) -> Names:
     if not path.is_file():
         raise TaskError(f"there is no task file {path}", fix="give the path of a Python file with a model() function")
+    if path.suffix not in TASK_FORMATS:
+        raise TaskError(
+            f"{path} is no task file: " + (f"unknown format {path.suffix!r}" if path.suffix else "it has no suffix"),
+            fix=f"known formats: {', '.join(TASK_FORMATS)}",
+        )
+    read = TASK_FORMATS[path.suffix]
+    try:
+        names = cast(Any, read(path))
+    except GapfxError:
+        raise
+    except (Exception, SystemExit) as error:
+        verb = "imported" if path.suffix == ".py" else "read"
+        raise _task_error(f"the task file cannot be {verb}", error, path) from error
+    if not isinstance(names, Mapping):
+        what = f"the format {path.suffix} gives a {type(names).__name__} in place of the task's functions by name"
+        raise TaskError(what, where=str(path), fix=f"mend {read.__module__}")
+    return cast(Names, names)
+
+
+@TASK_FORMATS.register(".py")
+def python_file(path: Path) -> Names:
+    """Names of a Python module, which is run; modules beside it can be imported."""
     spec = importlib.util.spec_from_file_location(f"gapfx_task_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise TaskError(f"{path} is not a Python file", fix="give a file whose name ends in .py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except GapfxError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _task_error("the task file cannot be imported", error, path) from error
-    return module
+    spec.loader.exec_module(module)
+    return vars(module)
 
 
 def _guard(name: str, function: object, path: Path) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from gapfx.metrics import metrics_on
 from gapfx.origin import fill_from
 from gapfx.plan import Plan
 from gapfx.progress import SilentProgress, open_progress
-from gapfx.recording import Recording
+from gapfx.recording import Recording, rewound
 from gapfx.results import write_results
 from gapfx.run_dir import RunDir
 from gapfx.runtime.checkpoint import check_model, load_checkpoint
@@ -48,6 +48,7 @@ from gapfx.schedule import Budget, with_schedule
 from gapfx.settings import Settings
 from gapfx.sparse import Compiled, CompileOptions, compile_model
 from gapfx.task import Task
+from gapfx.writers.offering import check_writers
 
 # Streams of random numbers outside of training steps, which take (seed, step >= 0, micro-batch).
 _MODEL_STREAM, _DATA_STREAM = -1, -2
@@ -119,16 +120,19 @@ def _train(
         job = dataclasses.replace(job, module=skeleton)
     is_writer = _rank() == 0
     peaks = run.peaks() if is_writer else []
-    on_rank_0(lambda: run.rewind_metrics(state.step if found else -1))
+    opened: list[Any] = []
+    on_rank_0(lambda: opened.extend(rewound(run, job.plan, settings, state.step if found else None)))
+    writers, warnings = opened or (None, [])
     progress = open_progress(job.plan, start_step=state.step, stream=request.stream) if is_writer else SilentProgress()
-    with stop_on_signal() as should_stop:
+    recording = Recording(run.metrics if is_writer else None, job.plan, progress, writers)
+    with recording, stop_on_signal() as should_stop:
         with progress:
-            recording = Recording(run.metrics if is_writer else None, job.plan, progress)
             for note in notes:
                 progress.note(note)
             recording.start(settings, state, is_resumed=found is not None, peaks=peaks)
-            for problem in problems:
-                recording.emit({"event": "fallback", "step": state.step, "problem": problem})
+            fallbacks = [{"event": "fallback", "step": state.step, "problem": problem} for problem in problems]
+            for event in (*fallbacks, *warnings):
+                recording.emit(event)
             began = time.monotonic()
             gc.freeze()  # the collection at each phase's end need not look at the libraries again
             job = dataclasses.replace(job, emit=recording.emit, should_stop=should_stop)
@@ -330,6 +334,7 @@ def make_evaluate(task: Task, settings: Settings, split: str) -> Evaluate:
 
 
 def _check_run(run: RunDir, settings: Settings, request: Request) -> None:
+    check_writers(settings.log_to, is_new=not request.resume)
     if request.resume:
         run.check_resume(settings)
     else:

@@ -14,6 +14,7 @@ import transformers
 
 import gapfx
 from gapfx.errors import FileError, UserError
+from gapfx.masks import pack
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,24 @@ def test_a_trainer_with_deepspeed_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(UserError, match="masks cannot be held in a Trainer with DeepSpeed"):
         callback.on_train_begin(arguments, SimpleNamespace(global_step=0), None, model=model, optimizer=optimizer)
+
+
+def test_a_training_that_follows_a_plan_goes_on_without_the_masks_of_its_start(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from gapfx.hf import SparseCallback, write_state
+
+    model, tokens = tiny_llama(), (torch.randint(64, (1, 8)),)
+    plan = gapfx.sparsify(tiny_llama(), tokens, sparsity=0.8, groups=2).plan
+    plan = gapfx.with_schedule(plan, "gap", gapfx.Budget(1, 5, 10))
+    dense = {w.fqn: pack(torch.ones(w.shape, dtype=torch.bool)) for w in plan.weights()}
+    (tmp_path / "checkpoint-3").mkdir()
+    write_state(tmp_path / "checkpoint-3", {"version": 1, "num_steps": 3, "phase": 0, "bits": dense})
+    before = {fqn: parameter.detach().clone() for fqn, parameter in model.named_parameters()}
+    callback, optimizer = SparseCallback(plan=plan), torch.optim.SGD(model.parameters(), 0.1)
+    arguments, at = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
+    callback.on_train_begin(arguments, at, None, model=model, optimizer=optimizer)
+    assert all(torch.equal(parameter, before[fqn]) for fqn, parameter in model.named_parameters())
 
 
 def test_a_llama_becomes_a_sparse_file_and_comes_back(tmp_path: Path) -> None:

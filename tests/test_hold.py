@@ -139,6 +139,31 @@ def test_it_goes_on_from_its_state_to_the_same_numbers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_model_of_a_checkpoint_goes_on_with_its_state_and_loses_nothing() -> None:
+    model = model_of()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    held = gapfx.hold(model, optimizer, plan=phased())
+    train(model, optimizer, 7)
+    state, weights = held.state_dict(), {fqn: value.clone() for fqn, value in model.state_dict().items()}
+    for given in (state, None):
+        again = model_of()
+        again.load_state_dict(weights)
+        found = gapfx.hold(again, OPTIMIZERS["adamw"](again.parameters()), plan=phased(), state=given)
+        is_whole = all(torch.equal(value, weights[fqn]) for fqn, value in again.state_dict().items())
+        # The masks that the plan starts with are others: they zero what was trained.
+        assert is_whole is (given is not None)
+        assert (found.num_steps, found.phase) == ((7, 1) if given else (0, 0))
+    with pytest.raises(UserError, match="the masks are those of another model"):
+        gapfx.hold(model, optimizer, masks={A.fqn: held.masks[A.fqn]}, state=state)
+
+
+def test_a_compiled_model_is_held_by_the_names_of_the_model_inside() -> None:
+    model, masks = model_of(), some_masks()
+    held = gapfx.hold(torch.compile(model), OPTIMIZERS["sgd"](model.parameters()), masks=masks)  # pyright: ignore[reportArgumentType]
+    assert held.model is model
+    assert alive(model, masks) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gapfx.errors import GapfxError, PlanError, TaskError, UserError
-from gapfx.task import Task, load_task, split_entry
+from gapfx.task import TASK_FORMATS, Task, load_task, split_entry
 
 Write = Callable[[str], Path]
 
@@ -102,16 +102,39 @@ def test_a_file_that_is_no_task_is_refused(write: Write, text: str, message: str
     assert line in str(caught.value)
 
 
-def test_a_path_that_is_no_python_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_task_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"there is no task file .*missing\.py"):
         load_task(tmp_path / "missing.py")
     with pytest.raises(TaskError, match="there is no task file"):
         load_task(tmp_path)
-    (tmp_path / "task.txt").write_text(GOOD)
-    with pytest.raises(
-        TaskError, match=r"task\.txt is not a Python file\n  to do: give a file whose name ends in \.py"
-    ):
-        load_task(tmp_path / "task.txt")
+    for name, problem in (("task.txt", r"unknown format '\.txt'"), ("task", "it has no suffix")):
+        (tmp_path / name).write_text(GOOD)
+        with pytest.raises(TaskError, match=rf"{name} is no task file: {problem}\n  to do: known formats: \.py"):
+            load_task(tmp_path / name)
+
+
+@TASK_FORMATS.register(".mine")
+def mine(path: Path) -> Any:
+    """A file that holds a width, or nothing of use."""
+    text = path.read_text()
+    return None if text == "nothing" else {"model": lambda: int(text), "other": lambda: -1, "defaults": {"seed": 3}}
+
+
+def test_a_registered_format_makes_a_task_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "task.mine"
+    path.write_text("7")
+    task = load_task(path)
+    assert (task.model(), task.defaults, task.data, task.path) == (7, {"seed": 3}, None, path)
+    assert load_task(path, "other").model() == -1
+    path.write_text("wide")
+    with pytest.raises(TaskError, match=r"model\(\) failed: ValueError: .*\n  where: .*task\.mine\n"):
+        load_task(path).model()
+    path.write_text("nothing")
+    with pytest.raises(TaskError, match=r"the format \.mine gives a NoneType in place of the task's functions by name"):
+        load_task(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(TaskError, match="the task file cannot be read: UnicodeDecodeError: "):
+        load_task(path)
 
 
 def test_an_entry_that_does_not_exist_is_named(write: Write) -> None:

@@ -1,20 +1,30 @@
-"""A method, a criterion, a pattern and a pass of somebody else; the entry point in pyproject.toml names this module."""
+"""What somebody else adds: a method, a criterion, a pattern, a pass and a format of task files.
+
+The entry point in pyproject.toml names this module.
+"""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import reduce, repeat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from gapfx.compiler import Analysis, Unit, register
 from gapfx.criterion import CRITERIA
-from gapfx.errors import UserError
+from gapfx.errors import TaskError, UserError
 from gapfx.passes.partition import Partition
 from gapfx.pattern import PATTERNS, kept_count, top_mask
 from gapfx.schedule import SCHEDULES, Budget, Schedule, gap
+from gapfx.task import TASK_FORMATS
 
 
 @SCHEDULES.register("backwards")
@@ -89,3 +99,53 @@ class CountGroups(Analysis[int]):
         if found < self.least:
             raise UserError(f"{found} groups are fewer than {self.least}", fix="give more --groups")
         return found
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a TOML file says: layers of torch.nn by name and sizes, and a data file with arrays `train_x`, `train_y`...
+
+    Its functions are those of a task.
+    """
+
+    path: Path
+    layers: tuple[Mapping[str, Any], ...]
+    data_file: Path
+
+    def model(self) -> nn.Module:
+        """The layers one after the other."""
+        return nn.Sequential(*(self._layer(**layer) for layer in self.layers))
+
+    def _layer(self, kind: str, sizes: Iterable[Any] = (), **options: Any) -> nn.Module:
+        found = getattr(nn, kind, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise TaskError(f"torch.nn has no layer {kind!r}", where=str(self.path), fix="name a class of torch.nn")
+        return found(*sizes, **options)
+
+    def data(self, split: str) -> TensorDataset:
+        """Samples of a split."""
+        with np.load(self.data_file) as arrays:
+            return TensorDataset(*(torch.from_numpy(arrays[f"{split}_{name}"]) for name in "xy"))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of classes."""
+        return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
+        """Share of right classes."""
+        return {"accuracy": float(torch.cat([(model(x).argmax(1) == y).float() for x, y in loader]).mean())}
+
+
+@TASK_FORMATS.register(".toml")
+def toml_file(path: Path) -> Mapping[str, Any]:
+    """`data = "file.npz"`, a `[[layers]]` table for each layer with its `kind` and `sizes`, and `[defaults]`."""
+    facts = tomllib.loads(path.read_text())
+    for name in ("layers", "data"):
+        if name not in facts:
+            raise TaskError(f"the task has no {name}", where=str(path), fix=f"add {name}")
+    task = Classifier(path, tuple(facts["layers"]), path.parent / facts["data"])
+    functions = {name: getattr(task, name) for name in ("model", "data", "loss", "evaluate")}
+    return functions | {"defaults": facts.get("defaults", {})}
