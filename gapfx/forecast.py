@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gapfx.activations import Activations
 from gapfx.errors import UserError
 from gapfx.estimate import (
     PROFILES,
@@ -58,22 +59,36 @@ def parse_bytes(text: str) -> float:
     return float(found[1]) * _UNITS[found[2].upper()]
 
 
-def describe(plan: Plan, sizes: Sizes, setup: Setup, question: Question, forward: ForwardFlops | None) -> str:
+def describe(
+    plan: Plan,
+    sizes: Sizes,
+    setup: Setup,
+    question: Question,
+    forward: ForwardFlops | None,
+    activations: Activations | None,
+) -> str:
     """Tables and a picture as text."""
     setups = [dataclasses.replace(setup, ranks=ranks) for ranks in question.ranks]
     for each in setups:
         check_setup(each)
-    return "\n".join(part for part in _parts(plan, sizes, setups, question, forward) if part)
+    return "\n".join(part for part in _parts(plan, sizes, setups, question, forward, activations) if part)
 
 
 def _parts(
-    plan: Plan, sizes: Sizes, setups: Sequence[Setup], question: Question, forward: ForwardFlops | None
+    plan: Plan,
+    sizes: Sizes,
+    setups: Sequence[Setup],
+    question: Question,
+    forward: ForwardFlops | None,
+    activations: Activations | None,
 ) -> Iterator[str]:
     first = list(estimate(plan, sizes, setups[0]))
     yield f"model state of a rank of {setups[0].ranks}, ZeRO {setups[0].zero}:"
     yield _phase_table(first)
     yield _picture(first, dense_estimate(plan, sizes, setups[0]))
     yield _rank_table(plan, sizes, setups)
+    if activations is not None:
+        yield _activation_line(setups, activations)
     if question.memory:
         yield _what_fits(plan, sizes, setups[0], question.memory)
     if forward is not None:
@@ -132,6 +147,12 @@ def _rank_table(plan: Plan, sizes: Sizes, setups: Sequence[Setup]) -> str:
         states = [format_bytes(peak.rank.state), format_bytes(dense.rank.state)]
         rows.append([str(setup.ranks), *states, f"{ratio:.2f}", format_bytes(sent), format_bytes(dense.traffic)])
     return table_text(head, rows, right=set(range(1, len(head))))
+
+
+def _activation_line(setups: Sequence[Setup], activations: Activations) -> str:
+    """Sparse or dense they are the same: a layer keeps its input, whatever its weight is."""
+    told = ", ".join(f"{format_bytes(activations.of_rank(each.ranks))} on {each.ranks:,}" for each in setups)
+    return f"activations of a micro-batch, beside the state, as this device keeps them for the backward: {told} ranks\n"
 
 
 def _state(each: PhaseEstimate) -> float:

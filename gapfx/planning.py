@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from gapfx.activations import Activations, kept_bytes
 from gapfx.commands import Source, print_pass
 from gapfx.emit import Emitter
 from gapfx.errors import UserError
@@ -99,7 +103,9 @@ def show_plan(
         format_kernels(made),
         _expected(compiled, made, settings),
         format_phases(made) if made.phases else "",
-        describe(made, planned.sizes, planned.setup, question, planned.forward) if question else "",
+        describe(made, planned.sizes, planned.setup, question, planned.forward, planned.activations)
+        if question
+        else "",
         *(f"note: {note}" for note in compiled.notes),
     ]
     return "\n".join(part for part in parts if part)
@@ -111,7 +117,8 @@ class _Planned:
     plan: Plan
     sizes: Sizes
     setup: Setup
-    forward: ForwardFlops | None
+    forward: ForwardFlops | None = None
+    activations: Activations | None = None
 
 
 def _planned(
@@ -139,16 +146,30 @@ def _planned(
             check=run if request.explain else None,
         )
         made = compiled.plan
-    forward = None
-    if is_counted and loss is not None:
-        model, batch, _ = first_batches(task, settings)
-        forward = count_forward(model, lambda module: loss(module, batch))
-    elif is_counted:
-        forward = count_forward(build_model(task, settings), lambda module: module(*_inputs(task, input_shapes)))
     if is_counted and not made.phases:
         made = with_phases(made, settings, None)
     numel = sum(parameter.numel() for parameter in compiled.module.parameters())
-    return _Planned(compiled, made, Sizes.of(made, numel), setup_of(task, settings), forward)
+    planned = _Planned(compiled, made, Sizes.of(made, numel), setup_of(task, settings))
+    if not is_counted:
+        return planned
+    if feed is not None and loss is not None:
+        model, batch, _ = first_batches(task, settings)
+        return _counted(planned, settings, model, lambda module: loss(module, batch), feed.micro_batch)
+    given_inputs = _inputs(task, input_shapes)
+    samples = next(
+        (len(tensor) for tensor in tree_leaves(given_inputs) if isinstance(tensor, Tensor) and tensor.dim()), 1
+    )
+    return _counted(planned, settings, build_model(task, settings), lambda module: module(*given_inputs), samples)
+
+
+def _counted(
+    planned: _Planned, settings: Settings, model: nn.Module, run: Callable[[nn.Module], object], samples: int
+) -> _Planned:
+    """With the operations of a forward of so many samples, and what it keeps for its backward."""
+    forward = count_forward(model, run)
+    kept = kept_bytes(model, run, planned.setup.value_bytes)
+    activations = Activations(kept, max(1, samples), settings.batch_size, settings.micro_batch)
+    return dataclasses.replace(planned, forward=forward, activations=activations)
 
 
 def _expected(compiled: Compiled, made: Plan, settings: Settings) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from gapfx.activations import Activations
 from gapfx.errors import UserError
 from gapfx.estimate import PROFILES, Setup, Sizes, dense_estimate, dense_plan, estimate, smallest_ranks, step_seconds
 from gapfx.flops import ForwardFlops, training_flops
@@ -79,9 +80,17 @@ def test_time_is_that_of_products_and_of_traffic() -> None:
 
 
 def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:
-    text = describe(PLAN, SIZES, Setup(zero=3), Question.parse("1,4", "200MB", "h100"), ForwardFlops(1000, {}))
+    text = describe(
+        PLAN,
+        SIZES,
+        Setup(zero=3),
+        Question.parse("1,4", "200MB", "h100"),
+        ForwardFlops(1000, {}),
+        Activations(2**20, 8, 16),
+    )
     assert "model state of a rank of 1, ZeRO 3:" in text
     assert "#" * 30 in text
+    assert "for the backward: 2.00 MiB on 1, 512 KiB on 4 ranks" in text
     assert "191 MiB a rank hold the model state of" in text
     assert "4 ranks like h100, a micro-batch each:" in text
     assert "operations of a rank's training: 120 k dense, 120 k counted for the sparse form" in text
