@@ -1,9 +1,9 @@
 """Sizes and times of sparse files of trained runs beside dense safetensors: `python tools/bench_files.py RUN...`.
 
 For each run, in fp32 as it was trained and rounded to bf16: size of the safetensors file, of the sparse file, and of
-the sparse file with compressed values, of the whole model and of its sparse weights alone; time to save and to load each,
-medians of turns that alternate. A load gives all tensors dense, in memory of their own, and reads every byte; files lie
-in the page cache. Masks are those of the run, so a live weight that is 0 stays live.
+the sparse file with compressed values, of the whole model and of its sparse weights alone. Time to save and to load
+each: medians of turns that alternate. A load gives all tensors dense, in memory of their own, and reads every byte;
+files lie in the page cache. Masks are those of the run, so a live weight that is 0 stays live.
 """
 
 from __future__ import annotations
