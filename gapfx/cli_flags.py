@@ -63,7 +63,13 @@ LogTo = Annotated[
 ]
 Ranks = Annotated[str, typer.Option(help="Tell bytes of a rank, traffic and operations for so many: 1,8,64.")]
 Memory = Annotated[str, typer.Option(help="With --ranks: the fewest ranks whose memory this is, such as 80GiB.")]
-Device = Annotated[str, typer.Option("--profile", help="With --ranks: seconds of a step on a100, h100 or h200.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        help="With --ranks: seconds of a step on a100, h100, h200, here (measured) or FLOPS:BYTES a second.",
+    ),
+]
 OnMeta = Annotated[bool, typer.Option("--meta", help="Build the model without its weights: for models of any size.")]
 Zero = Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; 3 shards the weights too.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16.")]

@@ -8,9 +8,10 @@ gradients too, 3 values too. gapfx's own share is that weights count by their li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gapfx.device_profile import Profile
 from gapfx.errors import UserError
 from gapfx.flops import ForwardFlops, live_shares, training_flops
 from gapfx.plan import Phase, Plan
@@ -148,23 +149,6 @@ def dense_plan(plan: Plan) -> Plan:
 def dense_estimate(plan: Plan, sizes: Sizes, setup: Setup) -> PhaseEstimate:
     """Plain DeepSpeed with the same model, ranks and stage."""
     return next(estimate(dense_plan(plan), sizes, dataclasses.replace(setup, has_masks=False, is_compact=False)))
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A device as products of dense weights see it: operations and bytes of collectives a second, of one rank."""
-
-    name: str
-    flops: float
-    bandwidth: float
-
-
-# Sustained in large products and ring collectives, a round half of the data sheets' peaks.
-PROFILES: Mapping[str, Profile] = {
-    "a100": Profile("a100", 150e12, 20e9),
-    "h100": Profile("h100", 400e12, 40e9),
-    "h200": Profile("h200", 400e12, 40e9),
-}
 
 
 def step_seconds(plan: Plan, forward: ForwardFlops, estimates: Sequence[PhaseEstimate], profile: Profile) -> float:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from gapfx.activations import Activations
+from gapfx.device_profile import Profile, parse_profile
 from gapfx.errors import UserError
 from gapfx.estimate import (
-    PROFILES,
     PhaseEstimate,
-    Profile,
     Setup,
     Sizes,
     check_setup,
@@ -40,13 +41,13 @@ class Question:
     profile: Profile | None = None
 
     @staticmethod
-    def parse(ranks: str, memory: str, profile: str) -> Question:
+    def parse(ranks: str, memory: str, profile: str, dtype: torch.dtype = torch.float32) -> Question:
         """From the flags. Raises UserError for a text that is none of them."""
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", ranks):
             raise UserError(f"cannot read the ranks {ranks!r}", fix="write numbers split by commas: --ranks 8,64")
-        if profile and profile not in PROFILES:
-            raise UserError(f"there is no profile {profile!r}", fix=f"take one of {', '.join(PROFILES)}")
-        return Question(tuple(map(int, ranks.split(","))), parse_bytes(memory), PROFILES.get(profile))
+        bytes_of_memory = parse_bytes(memory)
+        found = parse_profile(profile, dtype) if profile else None
+        return Question(tuple(map(int, ranks.split(","))), bytes_of_memory, found)
 
 
 def parse_bytes(text: str) -> float:

@@ -81,7 +81,7 @@ def show_plan(
 
     if forecast.on_meta:  # nothing can be measured, and figures of this machine would mean nothing
         settings = dataclasses.replace(settings, kernels="expand", calibrate=False)
-    question = Question.parse(forecast.ranks, forecast.memory, forecast.profile) if forecast.ranks else None
+    question = _question(forecast, settings) if forecast.ranks else None
     given = Plan.load(plan) if plan else None
     emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
     quality = QualityWatch()
@@ -109,6 +109,11 @@ def show_plan(
         *(f"note: {note}" for note in compiled.notes),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _question(forecast: Forecast, settings: Settings) -> Question:
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    return Question.parse(forecast.ranks, forecast.memory, forecast.profile, dtype)
 
 
 @dataclass(frozen=True)

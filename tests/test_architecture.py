@@ -86,9 +86,10 @@ MAY_IMPORT = {
     "bench": "errors io plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse "
     "training two_of_four loading",
     "flops": "plan",
-    "estimate": "errors plan flops runtime",
+    "estimate": "device_profile errors plan flops runtime",
     "activations": "",
-    "forecast": "activations errors plan flops estimate quantities text",
+    "device_profile": "errors",
+    "forecast": "activations device_profile errors plan flops estimate quantities text",
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
     "planning": EVERYTHING,

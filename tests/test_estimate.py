@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from gapfx.activations import Activations
+from gapfx.device_profile import PROFILES, Profile
 from gapfx.errors import UserError
-from gapfx.estimate import PROFILES, Setup, Sizes, dense_estimate, dense_plan, estimate, smallest_ranks, step_seconds
+from gapfx.estimate import Setup, Sizes, dense_estimate, dense_plan, estimate, smallest_ranks, step_seconds
 from gapfx.flops import ForwardFlops, training_flops
 from gapfx.forecast import Question, describe, parse_bytes
 from gapfx.plan import Group, Plan, Weight
@@ -96,6 +97,15 @@ def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:
     assert "operations of a rank's training: 120 k dense, 120 k counted for the sparse form" in text
 
 
+def test_a_profile_is_known_given_or_measured() -> None:
+    assert Question.parse("8", "", "h100").profile == PROFILES["h100"]
+    assert Question.parse("8", "", "2.5e12:1e9").profile == Profile("2.5e12:1e9", 2.5e12, 1e9)
+    here = Question.parse("8", "", "here").profile
+    assert here is not None
+    assert 1e8 < here.flops < 1e16
+    assert 1e7 < here.bandwidth < 1e14
+
+
 @pytest.mark.parametrize(("text", "wanted"), [("80GiB", 80 * 2**30), ("1.5 TB", 1.5e12), ("", 0.0)])
 def test_memory_is_read_with_its_unit(text: str, wanted: float) -> None:
     assert parse_bytes(text) == wanted
@@ -109,6 +119,7 @@ def test_memory_is_read_with_its_unit(text: str, wanted: float) -> None:
         ("8", "80", "", "cannot read the memory '80'"),
         ("8", "80 parsecs", "", "cannot read the memory"),
         ("8", "", "abacus", "there is no profile 'abacus'"),
+        ("8", "", "0:5", "there is no profile '0:5'"),
     ],
 )
 def test_a_question_that_is_none_is_refused(ranks: str, memory: str, profile: str, message: str) -> None:
