@@ -34,6 +34,7 @@ from gapfx.passes.partition import Partition, Strategy
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan
 from gapfx.realise import owner_forms
+from gapfx.thin_end import thin_end_notes
 from gapfx.verify import verify
 
 AUTO_GROUPS = 4
@@ -156,6 +157,7 @@ def _compile(
     dataclasses.replace(watched, passes=(LowerSparse(),) if options.form == "compact" else ()).run(unit)
     notes = (*unit.capture.notes, *_eval_notes(unit), *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
     if plan is None:
+        notes += thin_end_notes(unit.capture, made)
         made = dataclasses.replace(made, criterion=options.criterion)
     module = cast(nn.Module, realise(unit))
     if check is not None:

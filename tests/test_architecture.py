@@ -69,7 +69,9 @@ MAY_IMPORT = {
     "expectation": "plan pattern calibration passes",
     "quality": "plan layers compiler passes text",
     "verify": "errors plan masks capture owners compiler realise",
-    "sparse": "errors plan pattern criterion masks ops capture compiler passes realise verify calibration lowered",
+    "thin_end": "plan pattern capture layers",
+    "sparse": "errors plan pattern criterion masks ops capture compiler passes realise verify calibration lowered "
+    "thin_end",
     "writers": "errors registry plan",
     "recording": "errors plan settings run_dir progress writers runtime",
     "model_file": "errors io masks runtime",
