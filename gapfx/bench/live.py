@@ -7,9 +7,10 @@ from collections.abc import Container
 import torch
 from torch import nn
 
-from gapfx.masks import pack, split_fqn, stored_parameter, write_bits
+from gapfx.masks import pack, split_fqn, stored_parameter
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan
+from gapfx.runtime.module_masks import put_bits
 
 
 def hold_live(module: nn.Module, plan: Plan, grown: Container[int] = ()) -> nn.Module:
@@ -21,10 +22,8 @@ def hold_live(module: nn.Module, plan: Plan, grown: Container[int] = ()) -> nn.M
             if index not in grown:
                 mask = parse_pattern(weight.pattern).mask(stored.detach().float().abs().cpu(), weight.sparsity)
             values = nn.Parameter(stored.detach()[mask.to(stored.device)].view(-1, 1))
-            in_place = weight.fqn in plan.in_place()
-            for fqn in (weight.fqn, *weight.aliases):
-                write_bits(module, fqn, pack(mask).to(stored.device))
-                if not in_place:
-                    path, name = split_fqn(fqn)
-                    vars(module.get_submodule(path))["_parameters"][name] = values
+            put_bits(module, weight, pack(mask).to(stored.device), None)
+            for fqn in () if weight.fqn in plan.in_place() else (weight.fqn, *weight.aliases):
+                path, name = split_fqn(fqn)
+                vars(module.get_submodule(path))["_parameters"][name] = values
     return module
