@@ -12,7 +12,6 @@ from gapfx.progress import Progress
 from gapfx.run_dir import RunDir
 from gapfx.runtime.grow_prune import sparsity_now
 from gapfx.runtime.state import TrainState
-from gapfx.settings import Settings
 
 
 class Recording:
@@ -24,7 +23,7 @@ class Recording:
         events = RunDir(path.parent).events() if path else []
         self.seconds_before: float = next((e["seconds"] for e in reversed(events) if "seconds" in e), 0.0)
 
-    def start(self, settings: Settings, state: TrainState, *, is_resumed: bool, peaks: list[int]) -> None:
+    def start(self, state: TrainState, *, is_resumed: bool, peaks: list[int]) -> None:
         """The first event of a run, or of its continuation; shows the phase that a resumed run is in.
 
         `peaks` is the memory of earlier processes, told anew as events of theirs may have been cut off.
@@ -38,7 +37,7 @@ class Recording:
                 self._progress.phase(phase, self._plan)
             return
         facts = {"method": self._plan.method, "num_steps": self._plan.num_steps, "phases": len(self._plan.phases)}
-        self.emit({"event": "start", "step": 0, "time": time.time(), "world_size": settings.nproc, **facts})
+        self.emit({"event": "start", "step": 0, "time": time.time(), "world_size": state.peers.size, **facts})
 
     def emit(self, event: dict[str, Any]) -> None:
         """Record one event."""

@@ -243,7 +243,8 @@ def _check_masked(unit: Unit, plan: Plan) -> None:
 class Sparse:
     """A masked model: `module` is the model that was given, with its forward signature, FQNs and state_dict keys.
 
-    Masked weights are 0 and get no gradient, so that any optimizer keeps them 0.
+    Masked weights are 0 and get no gradient, so that any optimizer that works element by element keeps them 0. `masks`
+    maps the FQN of each planned weight to its bool mask of the weight's shape, True = kept; `notes` are the compiler's.
     """
 
     module: nn.Module
@@ -256,7 +257,11 @@ class Sparse:
         object.__setattr__(self, "masks", Masks(self.module, {w.fqn: w.shape for w in self.plan.weights()}))
 
     def set_mask(self, fqn: str, mask: Tensor) -> None:
-        """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops."""
+        """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops.
+
+        What was dropped before and is kept now starts at 0. Raises UserError for a weight that is not planned, and for
+        a mask of another shape or type.
+        """
         weight = next((item for item in self.plan.weights() if item.fqn == fqn), None)
         if weight is None:
             raise UserError(f"{fqn!r} is no planned weight", fix="`masks` lists the planned weights")
@@ -310,9 +315,13 @@ def sparsify(
 ) -> Sparse:
     """Mask `model` in place and give it back with its plan; `model(*args, **kwargs)` must run.
 
-    The masks keep what `criterion` ("magnitude" or "random") scores highest at the target sparsity of each weight.
-    `partition` is a strategy, or one glob a group. `dense` are globs of weights that stay dense; the words `first` and
-    `last` name the first and the last prunable weight. `plan` is used as it is in place of the options.
+    The masks keep what `criterion` ("magnitude" or "random") scores highest at the target `sparsity`, the share of
+    zeros, of each weight. `groups` is their number, or "auto": four, fewer for a model of fewer blocks. `partition` is
+    a strategy, or one glob a group, several patterns in it joined by "|". `pattern` is "unstructured", "N:M" or
+    "block:RxC". `dense` are globs of weights that stay dense; the words `first` and `last` name the first and the last
+    prunable weight. `plan` is used as it is in place of the options. `seed` draws the scores of "random".
+
+    Nothing is trained, and the plan has no phases (`with_schedule` adds them).
 
     Raises UserError with the reason for anything that cannot be done.
     """

@@ -126,7 +126,7 @@ def _train(
             recording = Recording(run.metrics if is_writer else None, job.plan, progress)
             for note in notes:
                 progress.note(note)
-            recording.start(settings, state, is_resumed=found is not None, peaks=peaks)
+            recording.start(state, is_resumed=found is not None, peaks=peaks)
             for problem in problems:
                 recording.emit({"event": "fallback", "step": state.step, "problem": problem})
             began = time.monotonic()

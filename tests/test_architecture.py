@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
     "planning": EVERYTHING,
-    "cli_flags": ALLOWED_NOTHING,
+    "cli_flags": "settings",
     "cli": "errors commands planning cli_flags doctor export kernels",
 }
 # Above compiler and runtime: imported by each other alone.
