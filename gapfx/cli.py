@@ -35,20 +35,23 @@ app = typer.Typer(
 )
 
 
-@app.command()
+def _example(command: str) -> str:
+    return f"For example: gapfx {command}"
+
+
+@app.command(epilog=_example("sparsify task.py --sparsity 0.9 --groups 4 --nproc 2"))
 def sparsify(
     task: flag.TaskArgument,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/TASK-METHOD by default.")] = None,
-    method: flag.Method = None,
     sparsity: flag.Sparsity = None,
     groups: flag.Groups = None,
     partition: flag.PartitionOption = None,
     group: flag.GroupGlobs = None,
     pattern: flag.PatternOption = None,
     allocation: flag.AllocationOption = None,
-    criterion: Annotated[str | None, typer.Option(help="What a prune keeps: magnitude, snip or random.")] = None,
+    criterion: flag.Criterion = None,
     dense: flag.Dense = None,
     prune_embeddings: flag.PruneEmbeddings = None,
+    method: flag.Method = None,
     replicas: flag.Replicas = None,
     rounds: flag.Rounds = None,
     phase_epochs: flag.PhaseEpochs = None,
@@ -57,50 +60,51 @@ def sparsify(
     steps_per_epoch: flag.StepsPerEpoch = None,
     batch_size: flag.BatchSize = None,
     micro_batch: flag.MicroBatch = None,
-    clip: Annotated[float | None, typer.Option(help="Largest global gradient norm, 0 for none.")] = None,
-    lr_scale: Annotated[float | None, typer.Option(help="Factor of the learning rate of the whole run.")] = None,
-    state: Annotated[str | None, typer.Option(help="Optimizer state at a new phase: reset or carry.")] = None,
+    clip: flag.Clip = None,
+    lr_scale: flag.LrScale = None,
+    state: flag.State = None,
     phase_lr: flag.PhaseLr = None,
     growth: flag.Growth = None,
     landing: flag.Landing = None,
     regrow_warmup: flag.RegrowWarmup = None,
     dtype: flag.Dtype = None,
     zero: flag.Zero = None,
-    deepspeed: Annotated[str | None, typer.Option(help="DeepSpeed JSON file; what gapfx decides may be auto.")] = None,
+    deepspeed: flag.DeepSpeed = None,
     form: flag.FormOption = None,
     kernels: flag.Kernels = None,
     calibrate: flag.Calibrate = None,
-    nproc: Annotated[int | None, typer.Option(help="Ranks to start on this machine.")] = None,
+    nproc: flag.Nproc = None,
     seed: flag.Seed = None,
     test: flag.Test = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between log lines.")] = None,
+    out: flag.Out = None,
+    log_every: flag.LogEvery = None,
     log_to: flag.LogTo = None,
-    eval_epochs: Annotated[float | None, typer.Option(help="Epochs between evaluations.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints beside phase ends.")] = None,
-    keep_checkpoints: Annotated[int | None, typer.Option(help="Checkpoints that are kept.")] = None,
+    eval_epochs: flag.EvalEpochs = None,
+    checkpoint_every: flag.CheckpointEvery = None,
+    keep_checkpoints: flag.KeepCheckpoints = None,
     plan: flag.PlanOption = None,
     passes: flag.Passes = None,
     init: flag.Init = None,
     show_passes: flag.ShowPasses = False,
-    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.")] = False,
+    entry: flag.Entry = "",
+    resume: flag.Resume = False,
+    force: flag.Force = False,
     debug: flag.Debug = False,
 ) -> None:
-    """Train TASK sparse from scratch and write the run directory."""
+    """Train TASK sparse from scratch and write the run directory.
+
+    Defaults are gapfx's own; `defaults` of the task file win over them, and flags over both.
+    """
     flags = _given(locals(), "task", "out", "plan", "show_passes", "entry", "resume", "force", "debug")
     from gapfx.commands import Source, train_task
 
     source = Source(task, entry, flags)
-    if resume and force:
-        raise UserError("--resume and --force exclude each other", fix="continue the run or replace it")
     raise typer.Exit(train_task(source, out, plan, show_passes=show_passes, resume=resume, force=force))
 
 
-@app.command("plan")
+@app.command("plan", epilog=_example("plan task.py --sparsity 0.9 --figure groups.svg --ranks 1,8"))
 def plan_command(
     task: flag.TaskArgument,
-    method: flag.Method = None,
     sparsity: flag.Sparsity = None,
     groups: flag.Groups = None,
     partition: flag.PartitionOption = None,
@@ -109,6 +113,7 @@ def plan_command(
     allocation: flag.AllocationOption = None,
     dense: flag.Dense = None,
     prune_embeddings: flag.PruneEmbeddings = None,
+    method: flag.Method = None,
     replicas: flag.Replicas = None,
     rounds: flag.Rounds = None,
     phase_epochs: flag.PhaseEpochs = None,
@@ -130,18 +135,17 @@ def plan_command(
     plan: flag.PlanOption = None,
     passes: flag.Passes = None,
     show_passes: flag.ShowPasses = False,
-    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
+    entry: flag.Entry = "",
     input_shapes: flag.InputShapes = "",
-    emit_graph: Annotated[
-        Path | None, typer.Option(help="Write the graph of the whole model after every pass to this file.")
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Draw the layers with the groups in colours into this SVG file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    emit_graph: flag.EmitGraph = None,
+    figure: flag.Figure = None,
+    as_json: flag.PlanJson = False,
     debug: flag.Debug = False,
 ) -> None:
-    """Show groups, sparsity and phases without training."""
+    """Show groups, sparsity and phases without training.
+
+    Also what stays dense and why, and which kernels are faster here. The defaults are those of sparsify.
+    """
     outside = ("task", "plan", "show_passes", "entry", "input_shapes", "as_json", "debug", "ranks", "memory", "device")
     flags = _given(locals(), *outside, "on_meta", "emit_graph", "figure", "outside")
     from gapfx.commands import Source
@@ -160,7 +164,7 @@ def plan_command(
     typer.echo(text)
 
 
-@app.command()
+@app.command(epilog=_example("bench runs/task-gap --seconds 30 --threads 1,2"))
 def bench(
     task: Annotated[str, typer.Argument(help="Task file, or the directory of a finished run.")],
     sparsity: flag.Sparsity = None,
@@ -174,11 +178,14 @@ def bench(
     threads: Annotated[str, typer.Option(help="Numbers of threads, such as 1,2; torch's own by default.")] = "",
     seconds: flag.BenchSeconds = 60,
     with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
-    entry: Annotated[str, typer.Option(help="Name of the model function.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    entry: flag.Entry = "",
+    as_json: flag.AsJson = False,
     debug: flag.Debug = False,
 ) -> None:
-    """Time layers and model of TASK or of a run, dense and sparse, and say what sparsity is worth on this device."""
+    """Time layers and model of TASK or of a run, dense and sparse, and say what sparsity is worth on this device.
+
+    Of a task: training steps, by its settings and these flags. Of a run: inference, as gapfx.load gives it.
+    """
     flags = _given(locals(), "task", "threads", "seconds", "with_compile", "entry", "as_json", "debug")
     from gapfx.commands import Source, show_bench
 
@@ -189,7 +196,7 @@ def bench(
     raise typer.Exit(INTERRUPTED_CODE if is_stopped else 0)
 
 
-@app.command("passes")
+@app.command("passes", epilog=_example("passes"))
 def passes_command() -> None:
     """List the compiler passes with their options."""
     from gapfx.commands import describe_passes
@@ -197,16 +204,19 @@ def passes_command() -> None:
     typer.echo(describe_passes())
 
 
-@app.command()
+@app.command(epilog=_example("compare study.toml --parallel 2"))
 def compare(
     study: Annotated[Path, typer.Argument(help="TOML file that names a task, methods, sparsities and seeds.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/STUDY by default.")] = None,
     parallel: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.", min=1)] = 1,
     collect: Annotated[bool, typer.Option("--collect", help="Train nothing: show what is finished.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    as_json: flag.AsJson = False,
     debug: flag.Debug = False,
 ) -> None:
-    """Compare methods on a task at equal epochs and at equal operations, with tables and a page."""
+    """Compare methods on a task at equal epochs and at equal operations, with tables and a page.
+
+    The study is a TOML file such as examples/studies/fashion.toml. What is finished is not trained again.
+    """
     from gapfx.commands import compare_study
 
     with _alone_on_stdout(as_json):
@@ -214,7 +224,7 @@ def compare(
     typer.echo(text)
 
 
-@app.command("export")
+@app.command("export", epilog=_example("export runs/task-gap --to onnx --out model.onnx"))
 def export_command(
     source: Annotated[Path, typer.Argument(help="Run directory, .gapfx file, or dense safetensors (file or folder).")],
     to: Annotated[str, typer.Option(help="gapfx, safetensors, csr, 2:4, onnx or program.")],
@@ -225,24 +235,25 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     debug: flag.Debug = False,
 ) -> None:
-    """Write a trained model in another form, and check that it computes the same where it can be run."""
+    """Write a trained model in another form, and check that it computes the same where it can be run.
+
+    From a run, a .gapfx file or dense safetensors; onnx and program (torch.export) need a run.
+    """
     from gapfx.export import ExportOptions, export
 
     typer.echo(export(source, to, out, ExportOptions(compress, shard_mib, sparse), force=force))
 
 
-@app.command()
+@app.command(epilog=_example("report runs/task-gap"))
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")], debug: flag.Debug = False) -> None:
-    """Write RUN/report.html again and show the result."""
+    """Write RUN/report.html again and show the result, of an unfinished run too."""
     from gapfx.commands import show_report
 
     typer.echo(show_report(run))
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: flag.Debug = False
-) -> None:
+@app.command(epilog=_example("doctor --json"))
+def doctor(as_json: flag.AsJson = False, debug: flag.Debug = False) -> None:
     """Say what this machine offers: versions, devices, threads, memory."""
     from gapfx.doctor import examine, format_findings
 

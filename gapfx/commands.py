@@ -57,6 +57,8 @@ def train_task(
     """Train, as a rank when a launcher made this process one, else with as many ranks as the settings say."""
     from gapfx.runtime.launch import is_rank, run_local_ranks, single_process_environment
 
+    if resume and force:
+        raise UserError("--resume and --force exclude each other", fix="continue the run or replace it")
     task, settings = source.load()
     if not is_rank():
         if settings.nproc > 1:

@@ -40,7 +40,10 @@ class Pass(ABC):
 
 
 class Analysis(Pass, Generic[FactT]):
-    """A question about the unit; its fact is computed once for each frozen instance and changes nothing."""
+    """A question about the unit; its fact is computed once for each frozen instance and changes nothing.
+
+    Others ask for it by `unit.latest(Kind)`, or by `unit.fact(Kind(...))` with options of their own.
+    """
 
     @abstractmethod
     def compute(self, unit: Unit) -> FactT:
@@ -48,13 +51,16 @@ class Analysis(Pass, Generic[FactT]):
 
 
 class Rewrite(Pass):
-    """A change of owner graphs. Facts of analyses that are not in `preserves` are forgotten after a change."""
+    """A change of owner graphs.
+
+    Facts of analyses that are not in the class variable `preserves` are forgotten after a change.
+    """
 
     preserves: ClassVar[tuple[type[Analysis[Any]], ...]] = ()
 
     @abstractmethod
     def apply(self, unit: Unit) -> bool:
-        """Rewrite the graphs in `unit.owners`; whether anything changed. Weights left out go to `unit.refuse`."""
+        """Rewrite the graphs in `unit.owners`; True where anything changed. Weights left out go to `unit.refuse`."""
 
 
 PASSES: Registry[type[Pass]] = Registry("pass")

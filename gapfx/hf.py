@@ -66,7 +66,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """The state of held masks as a file in a checkpoint's folder."""
+    """Write `Held.state_dict()` as gapfx_masks.safetensors into a checkpoint's folder."""
     facts = {key: value for key, value in state.items() if key != "bits"}
     temporary = folder / f".{MASKS}.writing"
     save_file(dict(state["bits"]), temporary, {"gapfx": json.dumps(facts)})
@@ -74,7 +74,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `write_state` wrote. Raises FileError where there is none."""
+    """The state that `write_state` wrote, for `Held.load_state_dict`. Raises FileError for none or a damaged one."""
     path = folder / MASKS
     if not path.is_file():
         raise FileError(
@@ -91,7 +91,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def save_pretrained(model: Any, folder: str | Path, masks: Mapping[str, Tensor]) -> None:
-    """`model.save_pretrained(folder)`, its masked weights exactly 0, and the masks beside it."""
+    """`model.save_pretrained(folder)`, its masked weights exactly 0 (in the model, too), and the masks beside it.
+
+    `masks` are bool tensors by FQN, True = kept. Raises UserError for one that fits no parameter.
+    """
     own = dict(model.named_parameters())
     for fqn, mask in masks.items():
         if fqn not in own or own[fqn].shape != mask.shape:
@@ -105,7 +108,10 @@ def save_pretrained(model: Any, folder: str | Path, masks: Mapping[str, Tensor])
 
 
 def from_pretrained(folder: str | Path, kind: Any = AutoModel, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-    """`kind.from_pretrained(folder, **options)` and its masks. Raises FileError where masks or zeros are gone."""
+    """`kind.from_pretrained(folder, **options)` and its masks: bool tensors by FQN, True = kept.
+
+    Raises FileError where the file of the masks is not there, or weights that they drop are not 0.
+    """
     model: Any = kind.from_pretrained(str(folder), **options)
     own, masks = dict(model.named_parameters()), dict[str, Tensor]()
     for fqn, bits in read_state(Path(folder))["bits"].items():

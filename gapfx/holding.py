@@ -32,7 +32,7 @@ def hold(
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> Held:
-    """Keep masked weights of a model 0 while an optimizer trains it, until `remove()`.
+    """Keep masked weights of a model 0 while an optimizer trains it, until `remove()` of what comes out.
 
     `masks` are bool tensors by FQN, True = kept; `masks_from_zeros` makes them of a sparse checkpoint. Or a `plan` with
     phases (gapfx.with_schedule) makes and changes them: seeds and weights being alike, all ranks get the same. FQNs are
@@ -73,6 +73,8 @@ def _bare(model: nn.Module) -> nn.Module:
 def masks_from_zeros(model: nn.Module, *, least: float = 0.3) -> dict[str, Tensor]:
     """Masks of the weights of two or more dimensions of which at least the share `least` is 0: those of a sparse model.
 
+    Bool tensors by FQN, True where a weight is not 0.
+
     Raises UserError when there are none.
     """
     found = {
@@ -88,7 +90,11 @@ def masks_from_zeros(model: nn.Module, *, least: float = 0.3) -> dict[str, Tenso
 
 
 class Held:
-    """Masks that are held. `num_steps` counts the steps of the optimizer; `phase` is the index of the plan's phase."""
+    """Masks that are held, as `hold` makes them.
+
+    `masks` are the bool tensors now in force, by FQN, True = kept. `num_steps` counts the steps of the optimizer;
+    `phase` is the index of the plan's phase, the number of phases after the last one.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan | None) -> None:
         self.model, self.plan = model, plan
@@ -99,7 +105,7 @@ class Held:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook the parameters and the optimizer, and apply the masks."""
+        """Hook the parameters and the optimizer, and apply the masks. Raises UserError as `hold` does."""
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
         if not isinstance(inner, torch.optim.Optimizer) or "DeepSpeed" in type(optimizer).__name__:
             raise UserError(
@@ -156,7 +162,7 @@ class Held:
             self.masks[fqn] = unpack(bits.cpu(), parameter.shape).to(parameter.device)
 
     def start_masks(self, plan: Plan, seed: int) -> dict[str, Tensor]:
-        """Of every planned weight: all live where the first phase grows, random else."""
+        """A bool mask for every planned weight: all True where the first phase grows, else by `plan.start_masks`."""
         parameters, group_of = self._parameters, plan.group_of()
         grown, masks = set(plan.phases[0].grow), dict[str, Tensor]()
         for index, weight in enumerate(plan.weights()):

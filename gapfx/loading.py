@@ -94,7 +94,21 @@ def load(
     kernels: Mapping[str, Kernel] | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The trained model of a finished run, in eval mode, with its FQNs and forward signature; see `load_run`."""
+    """The trained model of a finished run, or of a sparse file (`model.gapfx`), for inference.
+
+    It is in eval mode, with its FQNs and forward signature, and has no gradients. It is made by the task of the run, or
+    is `model`, a module (changed in place) or a function that makes one; `model(*args, **kwargs)` must run, else a
+    batch of the task shows how it runs; a sparse file knows no task. A weight is live where it is not 0. `values` says
+    how live values of linear layers are held: "bf16" halves them, "int8" has one scale for each output and also rounds
+    the numbers of each token, for up to 15 tokens. `kernels` forces the choice for weights by FQN: "dense" keeps the
+    dense weight, as is done by default from half of the weight live on and for fp32 values without native kernels.
+
+    On a CUDA device the model is dense, in bf16 with these `values`, and 2:4 weights of its linear layers have torch's
+    semi-structured format there; other patterns have no faster products on it.
+
+    The state_dict has the original keys; planned weights are columns of live values. Raises UserError for a run that is
+    not there, not finished, damaged, without its task file, or of another model, and for options that are none.
+    """
     return load_run(run, model=model, args=args, kwargs=kwargs, values=values, kernels=kernels, device=device).module
 
 
@@ -109,21 +123,7 @@ def load_run(
     kernels: Mapping[str, Kernel] | None = None,
     device: str | torch.device = "cpu",
 ) -> Loaded:
-    """The trained model of a finished run, or of a sparse file (`model.gapfx`), and what serves each of its weights.
-
-    The model is made by the task of the run, or is `model`, a module (changed in place) or a function that makes one;
-    `model(*args, **kwargs)` must run, else a batch of the task shows how it runs; a sparse file knows no task. A weight
-    is live where it is not 0. `values` says how live values of linear layers are held: "bf16" halves them, "int8" has
-    one scale for each output and also rounds the numbers of each token, for up to 15 tokens. `kernels` forces the
-    choice for weights by FQN: "dense" keeps the dense weight, as is done by default from half of the weight live on and
-    for fp32 values without native kernels.
-
-    On a CUDA device the model is dense, in bf16 with these `values`, and 2:4 weights of its linear layers have torch's
-    semi-structured format there; other patterns have no faster products on it.
-
-    The state_dict has the original keys; planned weights are columns of live values. Raises UserError for a run that is
-    not there, not finished, damaged, without its task file, or of another model, and for options that are none.
-    """
+    """As `load`, with the plan of the run, what serves each of its weights, and the compiler's notes."""
     _check_options(model is not None, args is not None or bool(kwargs), values, kernels or {})
     target = _checked_device(device, values)
     origin = Origin(Path(run))

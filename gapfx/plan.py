@@ -219,7 +219,7 @@ class Plan:
 
     @staticmethod
     def load(path: Path) -> Plan:
-        """Read and validate a plan file."""
+        """The plan in a file such as plan.json, validated. Raises PlanError that names the file and the place."""
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:

@@ -41,7 +41,7 @@ class Recording:
         for warning in self._writers.close(is_done=kind is None, step=self._step):
             self._write(warning)
 
-    def start(self, settings: Settings, state: TrainState, *, is_resumed: bool, peaks: list[int]) -> None:
+    def start(self, state: TrainState, *, is_resumed: bool, peaks: list[int]) -> None:
         """The first event of a run, or of its continuation; shows the phase that a resumed run is in.
 
         `peaks` is the memory of earlier processes, told anew as events of theirs may have been cut off.
@@ -55,7 +55,7 @@ class Recording:
                 self._progress.phase(phase, self._plan)
             return
         facts = {"method": self._plan.method, "num_steps": self._plan.num_steps, "phases": len(self._plan.phases)}
-        self.emit({"event": "start", "step": 0, "time": time.time(), "world_size": settings.nproc, **facts})
+        self.emit({"event": "start", "step": 0, "time": time.time(), "world_size": state.peers.size, **facts})
 
     def emit(self, event: dict[str, Any]) -> None:
         """Record one event."""

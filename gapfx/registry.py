@@ -35,7 +35,7 @@ class Registry(Generic[EntryT]):
         return add
 
     def add(self, name: str, entry: EntryT) -> None:
-        """Put `entry` under `name`; a name belongs to one owner."""
+        """Put `entry` under `name`. Raises UserError for a name that is taken."""
         if name in self._entries:
             owners = f"{_owner(self._entries[name])} and {_owner(entry)}"
             raise UserError(f"two {self.kind} entries are called {name!r}: {owners}", fix="rename one of them")

@@ -285,7 +285,10 @@ def _rewired(budget: Budget, num_groups: int, regrow: RegrowRule, drop: Callable
 
 
 def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
-    """The plan with the phase table of `method`. Raises UserError for an unknown method or an empty budget."""
+    """A new plan with the phase table of `method`, in the place of the phases that it had.
+
+    Raises UserError for an unknown method, a plan without groups, an empty budget, and one that the method cannot use.
+    """
     maker = SCHEDULES[method]
     if not plan.groups:
         raise UserError("the plan has no groups", fix="`gapfx plan TASK` shows why each weight stays dense")

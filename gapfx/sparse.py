@@ -17,6 +17,7 @@ from gapfx.calibration.table import LIMIT_SECONDS
 from gapfx.calibration.whole import step_seconds
 from gapfx.capture import capture, eval_reads
 from gapfx.capture.state import collector_paused, restored
+from gapfx.compile_notes import notes_of
 from gapfx.compiler import Observer, Pass, Pipeline, Rewrite, Unit, Watcher, parse_pipeline, realise
 from gapfx.criterion import CRITERIA
 from gapfx.errors import PlanError, UserError
@@ -34,7 +35,6 @@ from gapfx.passes.partition import Partition, Strategy
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Plan
 from gapfx.realise import owner_forms
-from gapfx.thin_end import thin_end_notes
 from gapfx.verify import verify
 
 AUTO_GROUPS = 4
@@ -155,9 +155,8 @@ def _compile(
     _check_masked(unit, made)
     choices = _choose(unit, passes, options, is_planned=plan is not None, once=once)
     dataclasses.replace(watched, passes=(LowerSparse(),) if options.form == "compact" else ()).run(unit)
-    notes = (*unit.capture.notes, *_eval_notes(unit), *(f"{fqn}: {reason}" for fqn, reason in unit.refusals))
+    notes = notes_of(unit, made)
     if plan is None:
-        notes += thin_end_notes(unit.capture, made)
         made = dataclasses.replace(made, criterion=options.criterion)
     module = cast(nn.Module, realise(unit))
     if check is not None:
@@ -191,12 +190,6 @@ def _choose(
     choices = once(lambda: unit.fact(chooser))
     unit.assume(ChooseKernels, choices)
     return choices
-
-
-def _eval_notes(unit: Unit) -> tuple[str, ...]:
-    failure = unit.in_eval.failure
-    lost = "weights that other modules read in eval alone are not known"
-    return (f"the model: its forward in eval fails ({failure}), so {lost}",) if failure else ()
 
 
 def _pipeline(options: CompileOptions, unit: Unit) -> Pipeline:
@@ -245,7 +238,8 @@ def _check_masked(unit: Unit, plan: Plan) -> None:
 class Sparse:
     """A masked model: `module` is the model that was given, with its forward signature, FQNs and state_dict keys.
 
-    Masked weights are 0 and get no gradient, so that any optimizer keeps them 0.
+    Masked weights are 0 and get no gradient, so that any optimizer that works element by element keeps them 0. `masks`
+    maps the FQN of each planned weight to its bool mask of the weight's shape, True = kept; `notes` are the compiler's.
     """
 
     module: nn.Module
@@ -258,7 +252,11 @@ class Sparse:
         object.__setattr__(self, "masks", Masks(self.module, {w.fqn: w.shape for w in self.plan.weights()}))
 
     def set_mask(self, fqn: str, mask: Tensor) -> None:
-        """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops."""
+        """Put another mask (bool, the weight's shape, True = kept) on a planned weight and zero what it drops.
+
+        What was dropped before and is kept now starts at 0. Raises UserError for a weight that is not planned, and for
+        a mask of another shape or type.
+        """
         weight = next((item for item in self.plan.weights() if item.fqn == fqn), None)
         if weight is None:
             raise UserError(f"{fqn!r} is no planned weight", fix="`masks` lists the planned weights")
@@ -312,9 +310,13 @@ def sparsify(
 ) -> Sparse:
     """Mask `model` in place and give it back with its plan; `model(*args, **kwargs)` must run.
 
-    The masks keep what `criterion` ("magnitude" or "random") scores highest at the target sparsity of each weight.
-    `partition` is a strategy, or one glob a group. `dense` are globs of weights that stay dense; the words `first` and
-    `last` name the first and the last prunable weight. `plan` is used as it is in place of the options.
+    The masks keep what `criterion` ("magnitude" or "random") scores highest at the target `sparsity`, the share of
+    zeros, of each weight. `groups` is their number, or "auto": four, fewer for a model of fewer blocks. `partition` is
+    a strategy, or one glob a group, several patterns in it joined by "|". `pattern` is "unstructured", "N:M" or
+    "block:RxC". `dense` are globs of weights that stay dense; the words `first` and `last` name the first and the last
+    prunable weight. `plan` is used as it is in place of the options. `seed` draws the scores of "random".
+
+    Nothing is trained, and the plan has no phases (`with_schedule` adds them).
 
     Raises UserError with the reason for anything that cannot be done.
     """

@@ -129,7 +129,7 @@ def _train(
         with progress:
             for note in notes:
                 progress.note(note)
-            recording.start(settings, state, is_resumed=found is not None, peaks=peaks)
+            recording.start(state, is_resumed=found is not None, peaks=peaks)
             fallbacks = [{"event": "fallback", "step": state.step, "problem": problem} for problem in problems]
             for event in (*fallbacks, *warnings):
                 recording.emit(event)

@@ -69,9 +69,9 @@ MAY_IMPORT = {
     "expectation": "plan pattern calibration passes",
     "quality": "plan layers compiler passes text",
     "verify": "errors plan masks capture owners compiler realise",
-    "thin_end": "plan pattern capture layers",
+    "compile_notes": "plan pattern capture compiler layers",
     "sparse": "errors plan pattern criterion masks ops capture compiler passes realise verify calibration lowered "
-    "thin_end",
+    "compile_notes",
     "writers": "errors registry plan",
     "recording": "errors plan settings run_dir progress writers runtime",
     "model_file": "errors io masks runtime",
@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
     "commands": EVERYTHING,
     "planning": EVERYTHING,
-    "cli_flags": ALLOWED_NOTHING,
+    "cli_flags": "settings",
     "cli": "errors commands planning cli_flags doctor export kernels",
 }
 # Above compiler and runtime: imported by each other alone.

@@ -6,30 +6,61 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from gapfx.cli import app
 from gapfx.plan import Plan
+from gapfx.settings import Settings
 from tests.runs import TASK, events, gapfx, summary, weights
 
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
 TINY = ("--rounds", 1, "--phase-epochs", 0.2, "--finetune-epochs", 0.2)
 
 
 def test_the_surface_changes_only_on_purpose(golden: Callable[[str, str], None]) -> None:
-    commands = vars(typer.main.get_command(app))["commands"]
     lines = [
         f"{name} {' '.join(sorted('/'.join(option.opts) for option in command.params))}"
-        for name, command in commands.items()
+        for name, command in COMMANDS.items()
     ]
     golden("cli_surface", "\n".join(lines))
 
 
-@pytest.mark.parametrize("command", ["sparsify", "plan", "bench", "passes", "report", "doctor"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_of_flags_that_it_has(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert gapfx(command, "--help") == 0
-    assert "Usage: gapfx" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Usage: gapfx" in out
+    epilog = COMMANDS[command].epilog
+    assert epilog in out
+    prefix, _, example = epilog.partition(f"gapfx {command}")
+    assert prefix == "For example: "
+    known = {name for option in COMMANDS[command].params for name in option.opts}
+    assert {word for word in example.split() if word.startswith("--")} <= known
+
+
+def test_the_help_tells_the_defaults_of_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert gapfx("sparsify", "--help") == 0
+    out = capsys.readouterr().out
+    assert "Share of zeros in each planned weight. (default 0.9)" in out
+    assert "Checkpoints that are kept. (default 3)" in out
+
+
+@pytest.mark.parametrize("command", ["sparsify", "plan", "bench"])
+def test_every_flag_of_a_setting_is_a_setting_of_the_same_name(command: str) -> None:
+    told = {o.name: o.help for o in COMMANDS[command].params if o.name in vars(Settings())}
+    assert len(told) > 5
+    for name, words in told.items():
+        value = getattr(Settings(), name)
+        is_told = isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+        assert words.endswith(f"(default {value})") == is_told, name
 
 
 def test_plan_shows_groups_and_phases(golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]) -> None:

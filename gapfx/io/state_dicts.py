@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from gapfx.errors import UserError
 from gapfx.io.dense_files import InMemory
 from gapfx.io.sparse_file import open_sparse
 from gapfx.io.write_sparse import write_sparse
@@ -22,11 +24,18 @@ def save_sparse(
     masks: Mapping[str, Tensor] | None = None,
     compress: bool = False,
 ) -> None:
-    """Write a state_dict to a sparse file.
+    """Write a state_dict to a sparse file; what is there is replaced.
 
-    Weights of the plan are sparse, and those with bool `masks` (True = kept), under these, else where they are not 0;
-    other floating tensors where that is smaller. `compress` makes the values smaller too (needs zstandard).
+    Weights of the plan are sparse, and those with bool `masks` (by key, of the weight's shape, True = kept), under
+    these, else where they are not 0; other floating tensors where that is smaller. `compress` makes the values smaller
+    too (needs zstandard). Raises UserError for a mask that fits no tensor.
     """
+    for key, mask in (masks or {}).items():
+        if key not in tensors or tensors[key].shape != mask.shape or mask.dtype != torch.bool:
+            raise UserError(
+                f"the mask of {key!r} is {mask.dtype} of shape {list(mask.shape)}, which fits no tensor",
+                fix="give bool masks, each of the shape of the tensor with its key",
+            )
     packed = {key: pack(mask) for key, mask in (masks or {}).items()}
     write_sparse(Path(path), InMemory(tensors), plan=plan, masks=packed, is_compressed=compress)
 

@@ -56,3 +56,10 @@ def test_a_state_dict_and_its_masks_come_back(tmp_path: Path) -> None:
     masks = gapfx.load_masks(tmp_path / "x")
     assert masks.keys() == {"w"}
     assert torch.equal(masks["w"], mask)
+
+
+@pytest.mark.parametrize("masks", [{"v": torch.ones(2, 2).bool()}, {"w": torch.ones(3, 2).bool()}])
+def test_a_mask_that_fits_no_tensor_is_refused(masks: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the mask of '[vw]' is torch\.bool of shape .* which fits no tensor"):
+        gapfx.save_sparse({"w": torch.ones(2, 2)}, tmp_path / "x.gapfx", masks=masks)
+    assert not (tmp_path / "x.gapfx").exists()
