@@ -231,4 +231,4 @@ def places(values: Tensor) -> Tensor:
 
 
 def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=3e-4, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0, fused=True)
