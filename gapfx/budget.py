@@ -15,7 +15,7 @@ class Budget:
     `growth` what weights start from that grow again; `replicas` is the number of models that `pgap` trains side by
     side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and `rigl`, whose phases those
     are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a group goes back to its target,
-    further each time; `sparsity` is the target of the whole plan.
+    further each time; `sparsity` is the target of the whole plan; `is_trained` is for trained weights.
     """
 
     rounds: int
@@ -29,6 +29,7 @@ class Budget:
     lr: LrRule = "restart"
     landing: int = 1
     sparsity: float = 0.0
+    is_trained: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -117,10 +118,13 @@ def fill_from(module: nn.Module, path: Path) -> None:
 
 
 def copy_into(module: nn.Module, source: Source, where: Path) -> None:
-    """Copy all tensors of a source into the module. Raises UserError unless keys and shapes are those of its state."""
+    """Copy all tensors of a source into the module. Raises UserError unless keys and shapes are those of its state.
+
+    A file may hold buffers beside them that the module makes by itself, such as position numbers, if they are equal.
+    """
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     keys = set(source.keys())
-    lacking, spare = sorted(own.keys() - keys), sorted(keys - own.keys())
+    lacking, spare = sorted(own.keys() - keys), sorted(keys - own.keys() - _equal_buffers(module, source))
     if lacking or spare:
         raise _another_model(where, f"it has no {lacking[0]!r}" if lacking else f"the model has no {spare[0]!r}")
     for key, value in own.items():
@@ -128,6 +132,11 @@ def copy_into(module: nn.Module, source: Source, where: Path) -> None:
         if shape != tuple(value.shape):
             raise _another_model(where, f"{key} is {list(value.shape)} in the model, {list(shape)} in it")
         module.load_state_dict({key: source.tensor(key)}, strict=False)
+
+
+def _equal_buffers(module: nn.Module, source: Source) -> set[str]:
+    buffers, keys = dict(module.named_buffers()), set(source.keys())
+    return {name for name in buffers.keys() & keys if torch.equal(buffers[name].cpu(), source.tensor(name).cpu())}
 
 
 def _another_model(where: Path, what: str) -> UserError:

@@ -122,8 +122,10 @@ def static(budget: Budget, num_groups: int) -> Schedule:
 
 @SCHEDULES.register("oneshot")
 def oneshot(budget: Budget, num_groups: int) -> Schedule:
-    """Train dense, prune everything once, fine-tune with fixed masks."""
+    """Train dense, prune everything once, fine-tune with fixed masks; weights that are trained are pruned at once."""
     everything, stop = tuple(range(num_groups)), _growing_steps(budget, num_groups)
+    if budget.is_trained:
+        return Schedule((Phase("fine-tune", 0, _total_steps(budget, num_groups)),))
     if not budget.finetune_steps:
         raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
     return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))

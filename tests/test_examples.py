@@ -21,6 +21,7 @@ SMOKE = {
         *("--batch-size", 4, "--micro-batch", 4, "--no-calibrate"),
     ),
     "parts": ("--phase-epochs", 0.1, "--finetune-epochs", 0.1, "--rounds", 1),
+    "sentences": ("--phase-epochs", 0.1, "--finetune-epochs", 0.1),
     "text": ("--phase-epochs", 0.01, "--finetune-epochs", 0.01, "--rounds", 1),
     "translation": ("--phase-epochs", 0.5, "--finetune-epochs", 0.5, "--rounds", 1),
 }

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import gapfx as library
+from gapfx.errors import UserError
+from gapfx.origin import fill_from
 from gapfx.runtime import loop
 from gapfx.runtime.state import TrainState, whole
+from gapfx.runtime.steps import PhaseRun
 from tests.runs import TASK, gapfx, summary, weights
 
 SHORT = ("--rounds", 1, "--phase-epochs", 0.25, "--finetune-epochs", 0.25)
@@ -36,6 +39,26 @@ def began(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
     monkeypatch.setattr("gapfx.training.train", watched)
     return found
+
+
+@pytest.fixture
+def grown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The weights that each phase of a run in this process grows, as its training finds them."""
+    found: list[dict[str, Tensor]] = []
+    train_phase = loop.train_phase
+
+    def watched(run: PhaseRun, state: TrainState) -> frozenset[str]:
+        found.append({fqn: whole(state, state.weights, fqn).clone() for fqn in run.grown})
+        return train_phase(run, state)
+
+    monkeypatch.setattr(loop, "train_phase", watched)
+    return found
+
+
+def dense_weights(trained: Path) -> dict[str, Tensor]:
+    """Those of a run with other numbers, none of them 0, where it has zeros."""
+    found, draw = weights(trained), torch.Generator().manual_seed(0)
+    return {fqn: v.where(v != 0, torch.rand(v.shape, generator=draw).mul(1e-3).add(1e-6)) for fqn, v in found.items()}
 
 
 def sources(trained: Path, folder: Path) -> list[Path]:
@@ -66,6 +89,54 @@ def test_a_plan_of_other_groups_grows_from_the_weights(trained: Path, tmp_path: 
     flags = ("--method", "gap", "--groups", 2, "--sparsity", 0.8, "--init", trained / "model.gapfx")
     assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *SHORT, *flags) == 0
     assert len(summary(tmp_path / "run")["groups"]) == 2
+
+
+def test_oneshot_prunes_the_weights_at_once(trained: Path, tmp_path: Path, began: dict[str, Tensor]) -> None:
+    save_file(dense_weights(trained), tmp_path / "dense.safetensors")
+    flags = ("--method", "oneshot", "--sparsity", 0.9, "--init", tmp_path / "dense.safetensors")
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *SHORT, *flags) == 0
+    for fqn, facts in summary(tmp_path / "run")["per_weight"].items():
+        value = dense_weights(trained)[fqn]
+        least = value.abs().flatten().topk(facts["kept"]).values[-1]
+        assert torch.equal(began[fqn], value.where(value.abs() >= least, 0.0))
+
+
+def test_without_learning_the_weights_are_pruned_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+    """The start of every curve: --lr-scale 0."""
+    source = tmp_path / "dense.safetensors"
+    save_file(dense_weights(trained), source)
+    flags = ("--method", "oneshot", "--sparsity", 0.5, "--init", source, "--lr-scale", 0)
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *SHORT, *flags) == 0
+    planned = summary(tmp_path / "run")["per_weight"]
+    for fqn, value in weights(tmp_path / "run").items():
+        before = dense_weights(trained)[fqn]
+        assert torch.equal(value, before.where(value != 0, 0.0) if fqn in planned else before)
+
+
+@pytest.mark.parametrize(("growth", "is_back"), [("saved", True), ("zero", False)])
+def test_weights_that_grow_saved_go_back_to_what_they_were_trained_to(
+    growth: str, is_back: bool, trained: Path, tmp_path: Path, grown: list[dict[str, Tensor]]
+) -> None:
+    source = tmp_path / "dense.safetensors"
+    save_file(dense_weights(trained), source)
+    flags = ("--method", "gap", "--groups", 2, "--sparsity", 0.9, "--growth", growth, "--lr-scale", 0, "--init", source)
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *SHORT, *flags) == 0
+    second = grown[1]
+    assert second
+    for fqn, value in second.items():
+        assert torch.equal(value, dense_weights(trained)[fqn]) is is_back
+
+
+def test_a_buffer_that_the_module_makes_by_itself_may_be_in_the_file(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("places", torch.arange(3), persistent=False)
+    held = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+    save_file({**held, "places": torch.arange(3)}, tmp_path / "equal.safetensors")
+    fill_from(module, tmp_path / "equal.safetensors")
+    assert torch.equal(module.weight, held["weight"])
+    save_file({**held, "places": torch.arange(1, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="the model has no 'places'"):
+        fill_from(module, tmp_path / "other.safetensors")
 
 
 def test_a_resumed_run_does_not_need_the_file_again(trained: Path, tmp_path: Path) -> None:

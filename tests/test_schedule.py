@@ -66,6 +66,14 @@ def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order
     )
 
 
+def test_oneshot_prunes_trained_weights_before_its_first_step_and_trains_as_long_as_other_methods() -> None:
+    budget = Budget(2, 5, 3, is_trained=True)
+    (phase,) = with_schedule(plan_of(2), "oneshot", budget).phases
+    assert (phase.start, phase.stop, phase.grow, phase.prune) == (0, 23, (), ())
+    assert with_schedule(plan_of(2), "gap", budget).num_steps == 23
+    assert with_schedule(plan_of(2), "oneshot", dataclasses.replace(budget, finetune_steps=0)).num_steps == 20
+
+
 @pytest.mark.parametrize(
     ("method", "grown", "pruned"),
     [

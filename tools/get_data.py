@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gapfx.errors import UserError
 from tools.sources.detection import detection, trees
 from tools.sources.fashion import fashion
+from tools.sources.minilm import minilm
 from tools.sources.parts import parts
 from tools.sources.text import text, wiki
 from tools.sources.translation import translation
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for task in (fashion, text, wiki, detection, trees, parts, translation):
+for task in (fashion, text, wiki, detection, trees, parts, translation, minilm):
     app.command()(task)
 
 

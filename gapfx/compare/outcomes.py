@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from statistics import mean
 
 from gapfx.compare.records import Record, Records
@@ -19,7 +19,8 @@ from gapfx.results import LOWER_IS_BETTER
 class Outcome:
     """One finished run: its metric, operations of its training, bytes of its live weights (see gapfx.compare.records).
 
-    The metric is that of the test data where the study has some, of the validation data in tuning runs and elsewhere.
+    The metric is that of the test data where the study has some, of the validation data in tuning runs and elsewhere;
+    `also` are other metrics of the same data.
     """
 
     trial: Trial
@@ -28,11 +29,15 @@ class Outcome:
     live_bytes: float
     seconds: float
     epochs: float
+    also: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at a sparsity over all seeds; `against` is the control at the same seeds, None without one."""
+    """A contender at a sparsity over all seeds; `against` is the control at the same seeds, None without one.
+
+    `also` are means of other metrics.
+    """
 
     name: str
     sparsity: float
@@ -43,15 +48,19 @@ class Row:
     seconds: float
     epochs: float
     against: Difference | None
+    also: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def outcome_of(study: Study, trial: Trial, record: Record) -> Outcome:
     """The outcome of a finished run. Raises UserError for a metric that the task does not give."""
     metrics = record.test if study.test and trial.candidate is None else record.metrics
-    if study.metric not in metrics:
-        told = ", ".join(metrics) or "none"
-        raise UserError(f"the task gives no metric {study.metric!r}", where=record.name, fix=f"one of {told}")
-    return Outcome(trial, metrics[study.metric], record.flops, record.live_bytes, record.seconds, epochs=record.epochs)
+    for name in (study.metric, *study.also):
+        if name not in metrics:
+            told = ", ".join(metrics) or "none"
+            raise UserError(f"the task gives no metric {name!r}", where=record.name, fix=f"one of {told}")
+    also = {name: metrics[name] for name in study.also}
+    costs = record.flops, record.live_bytes, record.seconds, record.epochs
+    return Outcome(trial, metrics[study.metric], *costs, also)
 
 
 def recorded(study: Study, trials: Iterable[Trial], records: Records) -> Iterator[Outcome]:
@@ -144,6 +153,7 @@ def _row(study: Study, found: list[Outcome], name: str, sparsity: float, budget:
         seconds=mean(run.seconds for run in own.values()),
         epochs=mean(run.epochs for run in own.values()),
         against=against,
+        also={metric: mean(run.also[metric] for run in own.values()) for metric in study.also},
     )
 
 

@@ -19,6 +19,7 @@ _KEYS = (
     "task",
     "entry",
     "metric",
+    "also",
     "methods",
     "sparsities",
     "seeds",
@@ -71,6 +72,7 @@ class Tuning:
 class Study:
     """What the file says. `settings` are those of every run; `metric` is one of the task's evaluate().
 
+    Means of the metrics `also` stand beside it in the tables.
     `flops` is the share of the control's operations at equal epochs that each run gets at equal operations. With
     `test` runs are judged on `data("test")`, which each of them sees once, at its end. `subject` is a contender that
     all others are held against. `tune` says how each contender gets its learning rate.
@@ -87,6 +89,7 @@ class Study:
     test: bool = False
     subject: str = ""
     tune: Tuning | None = None
+    also: tuple[str, ...] = ()
 
     def trials(self) -> Iterator[Trial]:
         """Every run, seed by seed; the control once a seed where its operations are the budget of the others."""
@@ -145,6 +148,7 @@ def read_study(path: Path) -> Study:
         test=_flag(facts.get("test", False), "test", where),
         subject=_text(facts, "subject", where) if "subject" in facts else "",
         tune=_tuning(_table(facts, "tune", path), where) if "tune" in facts else None,
+        also=tuple(_list(facts, "also", str, where)) if "also" in facts else (),
     )
     _check(study, where)
     return study

@@ -61,7 +61,8 @@ class Tables:
 
     def columns(self) -> list[str]:
         """Names of the columns of the rows."""
-        return [f"{self.study.metric}, mean" if name == "mean" else name for name in _COLUMNS]
+        own = [f"{self.study.metric}, mean" if name == "mean" else name for name in _COLUMNS]
+        return [*own, *(f"{metric}, mean" for metric in self.study.also)]
 
     def markdown(self) -> str:
         """`p` is of no difference between runs of the same seed (sign-flip test)."""
@@ -120,4 +121,5 @@ def cells(row: Row) -> list[str]:
         format_count(row.flops),
         format_bytes(row.live_bytes),
         f"{row.seconds:.0f}",
+        *(f"{value:.4f}" for value in row.also.values()),
     ]

@@ -32,7 +32,8 @@ def decode(planes: list[Bytes], count: int, dtype: torch.dtype) -> Tensor:
     whole = np.empty((count, len(planes)), np.uint8)
     for index, plane in enumerate(planes):
         whole[:, index] = np.frombuffer(_decompressed(plane.tobytes(), count), np.uint8)
-    return torch.from_numpy(whole).view(dtype).view(-1)
+    # Flat first: an array without values has strides of 0, by which torch takes no view.
+    return torch.from_numpy(whole).flatten().view(dtype)
 
 
 def _decompressed(plane: bytes, count: int) -> bytes:

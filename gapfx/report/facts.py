@@ -14,7 +14,7 @@ METHODS = {
     "rgap": "grow-and-prune in random order",
     "acdc": "AC/DC",
     "gmp": "gradual magnitude pruning",
-    "oneshot": "one-shot pruning after dense training",
+    "oneshot": "one-shot pruning",
     "set": "SET",
     "rigl": "RigL",
     "static": "fixed random masks",

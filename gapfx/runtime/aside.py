@@ -27,7 +27,7 @@ def rewind(state: TrainState) -> None:
 def regrow_saved(state: TrainState, fqns: Iterable[str]) -> None:
     """Give weights that have just grown the values that were kept of them, where they had been masked.
 
-    Those that no prune has taken yet stay at 0. What was kept of them is forgotten.
+    Those that nothing was kept of stay at 0. What was kept of them is forgotten.
     """
     for fqn in fqns:
         saved = state.aside.pop(fqn, None)

@@ -19,6 +19,7 @@ from gapfx.errors import AuditError, DivergedError, UserError
 from gapfx.masks import count_kept, digest, pack
 from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Plan, Weight
+from gapfx.runtime.aside import keep
 from gapfx.runtime.ranks import Peers
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_all, top_of_slices
@@ -73,7 +74,8 @@ def start_masks(state: TrainState, plan: Plan, seed: int, gradients: Gradients =
     """Mask planned weights, held dense, at their target sparsity by `plan.start_masks` (collective).
 
     Groups that the first phase grows start dense, as they were initialised: a mask would have zeroed them. Where
-    replicas grow them, all start from the same sparse model (section 3.2 of the paper).
+    replicas grow them, all start from the same sparse model (section 3.2 of the paper). What masks by a criterion take
+    of weights that grow from saved values is kept aside for that; random masks take what is worth nothing.
 
     Raises UserError for a criterion that cannot make the plan's prunes.
     """
@@ -84,11 +86,15 @@ def start_masks(state: TrainState, plan: Plan, seed: int, gradients: Gradients =
     for weight in plan.weights():
         state.put_ones(weight.fqn)
         state.sparse_bits[weight.fqn] = state.bits[weight.fqn]
+    returning = {group for phase in plan.phases if phase.growth == "saved" for group in phase.grow}
+    returning = returning if plan.start_masks != "random" else set[int]()
     for number, group in enumerate(plan.groups):
         is_apart = is_ordinal(CRITERIA[plan.start_masks])
         pools = [(weight,) for weight in group.weights] if is_apart else plan.pools(group)
         for pool in pools if number not in is_dense else ():
             for weight, mask in zip(pool, _pool_masks(state, pool, scoring), strict=True):
+                if number in returning:
+                    keep(state, [weight.fqn])
                 set_mask(state, weight.fqn, mask)
     state.explored |= {fqn: bits.clone() for fqn, bits in state.sparse_bits.items()}
 

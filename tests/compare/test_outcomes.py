@@ -85,6 +85,20 @@ def test_a_study_with_a_test_is_judged_on_it_and_tunes_on_the_validation_data() 
         outcome_of(study, final, dataclasses.replace(record, test={}))
 
 
+def test_other_metrics_stand_beside_the_one_that_judges() -> None:
+    study = dataclasses.replace(STUDY, also=("loss",))
+    record = Record("r", {}, {"accuracy": 0.7, "loss": 2.5}, {}, 1, 1, 1, 1, 0.8, {})
+    outcomes = [
+        outcome_of(study, t, dataclasses.replace(record, metrics={"accuracy": 0.7, "loss": 2.0 + t.seed}))
+        for t in study.trials()
+    ]
+    tables = Tables.of(study, outcomes)
+    assert tables.columns()[-1] == "loss, mean"
+    assert all(line.endswith("| 2.5000 |") for line in tables.markdown().splitlines() if line.startswith("| gap"))
+    with pytest.raises(UserError, match="the task gives no metric 'loss'"):
+        outcome_of(study, next(study.trials()), dataclasses.replace(record, metrics={"accuracy": 0.7}))
+
+
 def test_tables_hold_the_duels_below_the_rows() -> None:
     tables = Tables.of(STUDY, trained(lambda t: 0.5 + 0.1 * (t.contender.name == "gap")))
     assert "| set | 4 | +0.1000 | 4 of 4 | 0.125 |" in tables.markdown()

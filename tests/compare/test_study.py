@@ -87,6 +87,7 @@ def test_nothing_is_tuned_without_being_asked_for(tmp_path: Path) -> None:
         ("task =", 'subject = "rigl"\ntask =', "the subject 'rigl' is not in methods"),
         ("task =", 'test = "yes"\ntask =', "test is 'yes'"),
         ("task =", "flops = 0\ntask =", "flops is 0"),
+        ("task =", 'also = "loss"\ntask =', "also is 'loss'"),
     ],
 )
 def test_a_mistake_in_how_runs_are_judged_is_one_message(old: str, new: str, message: str, tmp_path: Path) -> None:

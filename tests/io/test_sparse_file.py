@@ -61,7 +61,7 @@ def written(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("is_compressed", [False, True])
 def test_every_tensor_comes_back(dtype: torch.dtype, is_compressed: bool, tmp_path: Path) -> None:
-    path, wanted = tmp_path / "model.gapfx", tensors(dtype)
+    path, wanted = tmp_path / "model.gapfx", tensors(dtype) | {"zeros": torch.zeros(20, 30, dtype=dtype)}
     write_sparse(path, InMemory(wanted), plan=PLAN, is_compressed=is_compressed)
     found = read(path)
     assert found.keys() == wanted.keys()
