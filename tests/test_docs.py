@@ -50,6 +50,7 @@ def test_a_quick_page_does_what_it_says(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # about a minute of work each, which a machine that others use spreads over many
 @pytest.mark.parametrize("page", SLOW_PAGES)
 def test_a_page_does_what_it_says(page: str, tmp_path: Path) -> None:
     run_page(page, tmp_path)
