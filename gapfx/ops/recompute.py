@@ -17,7 +17,9 @@ from gapfx.ops.expand import dense_of
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
+    """Live values and bits by reference: ZeRO-3 takes them away after the forward and brings them for the backward."""
+
     values: Tensor
     bits: Tensor
     shape: tuple[int, ...]
@@ -27,14 +29,15 @@ class _Recipe:
 class _View:
     """A tensor in the memory of a dense weight."""
 
-    recipe: _Recipe
+    recipe: Recipe
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def make(self) -> Tensor:
         recipe = self.recipe
-        dense = dense_of(recipe.values, recipe.bits, recipe.shape)
+        with torch.no_grad():
+            dense = dense_of(recipe.values, recipe.bits, recipe.shape)
         return dense.as_strided(self.size, self.stride, self.offset)
 
 
@@ -44,7 +47,7 @@ def dense_again(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     if values.numel() != dense.numel() and not torch.compiler.is_compiling():
         # On the storage, which all views share, also those that autograd makes for itself.
         storage: Any = dense.untyped_storage()
-        storage.gapfx_recipe = _Recipe(values.detach(), bits, tuple(shape))
+        storage.gapfx_recipe = Recipe(values, bits, tuple(shape))
     return dense
 
 
@@ -56,7 +59,7 @@ def without_dense() -> Any:
 def _pack(tensor: Tensor) -> Tensor | _View:
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         return tensor
-    recipe: _Recipe | None = getattr(tensor.untyped_storage(), "gapfx_recipe", None)
+    recipe: Recipe | None = getattr(tensor.untyped_storage(), "gapfx_recipe", None)
     if recipe is None or tensor.dtype != recipe.values.dtype:
         return tensor
     return _View(recipe, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))

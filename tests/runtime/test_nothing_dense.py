@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gapfx.ops.recompute import Recipe
 from gapfx.plan import Plan
 from gapfx.runtime.engine import Engine
 from tests.runs import TASK, assert_same_bits, finish, gapfx, summary, weights
+from tests.runtime.cut_all import CUT_ALL
 
 SEQUENCES = TASK.with_name("sequences.py")
 
@@ -37,6 +40,26 @@ def test_no_dense_weight_waits_for_the_backward(zero: int, tmp_path: Path, monke
     assert alive == [0] * Plan.load(tmp_path / "run" / "plan.json").num_steps
     planned = summary(tmp_path / "run")["per_weight"]
     assert {"tokens.weight", "attention.in_proj_weight", "lstm.weight_ih_l0"} <= set(planned)
+
+
+def test_no_live_values_wait_for_the_backward_at_stage_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that attention and recurrent layers read; each is gathered again."""
+    cut = tmp_path / "cut.json"
+    cut.write_text(json.dumps({"zero_optimization": CUT_ALL}))
+    forward, waiting = Engine._forward, list[tuple[int, int]]()  # pyright: ignore[reportPrivateUsage]
+
+    def watched(engine: Engine, batch: Any, loss: Any) -> object:
+        out = forward(engine, batch, loss)
+        gc.collect()
+        recipes = [item for item in gc.get_objects() if type(item) is Recipe]
+        waiting.append((len(recipes), sum(recipe.values.numel() + recipe.bits.numel() for recipe in recipes)))
+        return out
+
+    monkeypatch.setattr(Engine, "_forward", watched)
+    flags = ("--zero", 3, "--deepspeed", cut, "--kernels", "expand")
+    assert gapfx("sparsify", SEQUENCES, "--out", tmp_path / "run", *flags) == 0
+    assert max(number for number, _ in waiting) > 0
+    assert {size for _, size in waiting} == {0}
 
 
 @pytest.mark.distributed
