@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,12 @@ def csr_of(file: SparseFile, key: str) -> Tensor:
     rows = weight.shape[0] if weight.shape else 1
     mask = unpack(file.bits(key), weight.shape).view(rows, -1)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
-    return torch.sparse_csr_tensor(starts, mask.nonzero()[:, 1], file.values(key), mask.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        # Who asks for CSR need not be told once more that torch calls it beta.
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        return torch.sparse_csr_tensor(
+            starts, mask.nonzero()[:, 1], file.values(key), mask.shape, check_invariants=True
+        )
 
 
 @dataclass(frozen=True)
