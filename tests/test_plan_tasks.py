@@ -23,6 +23,8 @@ def test_a_weight_in_an_autograd_function_is_planned_and_named(capsys: Capsys) -
     assert [line for line in lines if line.startswith("note")] == [
         f"note: 1: {product} 1.weight as an operand of mm, seen by the ops below it",
         f"note: 2: {product} 2.weight as an operand of mm, seen by the ops below it",
+        "note: 3.weight: 6 live weights for 4 outputs, of which some may get none and stay constant; "
+        "keep it dense (--dense last) or take --allocation erk",
     ]
     assert "added to activations by add: a position table or a bias 2 32 1.shift, 2.shift" in lines
     assert any(line.startswith("all 4 704 ") for line in lines)
@@ -37,6 +39,7 @@ def test_experts_that_the_batch_did_not_reach_are_planned_and_the_routing_is_nam
     assert [note.partition(" (")[0] for note in notes[1:]] == [
         "note: 0: the path depends on values",
         "note: 1: the path depends on values",
+        "note: 2.weight: 3 live weights for 4 outputs, of which some may get none and stay constant; keep it dense",
     ]
     assert any(line.startswith("all 19 2,144 ") for line in lines)
 
