@@ -15,8 +15,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from gapfx.plan import Phase, Plan
 
 Formula = Callable[..., int]
-# Attention on the CPU, which torch's own table leaves out.
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Of the target sparsity, what forwards of a phase see that softens: the mean of a cubic, or all of it.
 _SEEN_DEPTH = {"ramp": 3 / 4, "hold": 1.0}
 
@@ -115,12 +113,25 @@ class _Counter(TorchDispatchMode):
                 self.by_weight[fqn] = self.by_weight.get(fqn, 0) + flops
 
 
-def _formula_of(packet: Any) -> Formula | None:
-    return _of_attention if packet is _ATTENTION else flop_registry.get(packet)
-
-
 def _of_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _of_groups(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Each row of `left` [S, K] meets the matrix of its own group in `right` [G, K, N]; the other forms alike."""
+    groups = len(left) if left.dim() == right.dim() == 3 else 1
+    return 2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+# What torch's own table leaves out: attention on the CPU, and products of groups, as experts have.
+_OWN: Mapping[Any, Formula] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._grouped_mm: _of_groups,
+}
+
+
+def _formula_of(packet: Any) -> Formula | None:
+    return _OWN.get(packet) or flop_registry.get(packet)
 
 
 def _memory(tensor: Tensor) -> int:

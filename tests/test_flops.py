@@ -27,6 +27,23 @@ class Mixed(nn.Module):
         return self.twice(self.twice(y))
 
 
+class Experts(nn.Module):
+    """Rows sorted by expert, each met by the weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 32, 16, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([8, 8, 24, 40], dtype=torch.int32)
+        return F.grouped_mm(x, self.weight.transpose(-2, -1), offs=ends)
+
+
+def test_a_row_costs_the_product_with_one_expert() -> None:
+    found = count_forward(Experts(), lambda model: model(torch.randn(40, 16, dtype=torch.bfloat16)))
+    assert found.by_weight == {"weight": found.total} == {"weight": 2 * 40 * 16 * 32}
+
+
 def test_operations_of_each_weight_are_those_of_its_products() -> None:
     batch, positions = 2, 16
     found = count_forward(Mixed(), lambda model: model(torch.randn(batch, 3, 4, 4)))
