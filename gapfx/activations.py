@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gapfx.flops import memory_of
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -33,21 +35,17 @@ def kept_bytes(model: nn.Module, run: Callable[[nn.Module], object], value_bytes
     Weights and buffers are not counted: they are there anyway. What is recomputed (torch's checkpointing) is not kept.
     Which results an op keeps depends on the device: attention on one without a fused kernel keeps its scores.
     """
-    own = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own = {memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided and _memory(tensor) not in own:
+        if tensor.layout == torch.strided and memory_of(tensor) not in own:
             numel = tensor.untyped_storage().nbytes() // tensor.itemsize
             # With the tensor, lest another comes to be at its address.
-            held[_memory(tensor)] = numel * (value_bytes if tensor.is_floating_point() else tensor.itemsize), tensor
+            held[memory_of(tensor)] = numel * (value_bytes if tensor.is_floating_point() else tensor.itemsize), tensor
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = run(model)
         del result
     return sum(size for size, _ in held.values())
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

@@ -90,7 +90,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.total, self.by_weight = 0, dict[str, int]()
-        self._owner = {_memory(p): fqn for fqn, p in model.named_parameters()}
+        self._owner = {memory_of(p): fqn for fqn, p in model.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,7 +107,7 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, flops: int, args: Any) -> None:
         self.total += flops
-        storages = {_memory(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        storages = {memory_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         for fqn in {self._owner[storage] for storage in storages if storage in self._owner}:
             if not fqn.endswith("bias"):
                 self.by_weight[fqn] = self.by_weight.get(fqn, 0) + flops
@@ -134,6 +134,6 @@ def _formula_of(packet: Any) -> Formula | None:
     return _OWN.get(packet) or flop_registry.get(packet)
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """What views of one memory share; not its address, which on the meta device is 0 for all."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]

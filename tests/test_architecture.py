@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "training two_of_four loading",
     "flops": "plan",
     "estimate": "device_profile errors plan flops runtime",
-    "activations": "",
+    "activations": "flops",
     "device_profile": "errors",
     "forecast": "activations device_profile errors plan flops estimate quantities text",
     "compare": "errors plan schedule settings task run_dir quantities report results training flops runtime",
