@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ def read_slices(
         files = [
             stack.enter_context(safe_open(directory / slice_file(rank), framework="pt")) for rank in range(num_slices)
         ]
-        source = _Source(files, layout, peers)
-        return source.tables(), source.lives
+        return _Source(files, layout, peers).tables()
 
 
 @dataclass(frozen=True)
@@ -44,28 +43,28 @@ class _Source:
     files: list[Any]
     layout: dict[str, Spread]
     peers: Peers
-    lives: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
-    def tables(self) -> dict[str, dict[str, Tensor]]:
-        """One weight after another, so that no rank holds more than one mask whole; sets `lives`."""
+    def tables(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
+        """One weight after another, so that no rank holds more than one mask whole."""
         tables_of: dict[str, list[str]] = {}
         for key in self.files[0].keys():  # noqa: SIM118
             table, _, fqn = key.partition("/")
             tables_of.setdefault(fqn, []).append(table)
         found: dict[str, dict[str, Tensor]] = {table: {} for table in (*TABLES, "buffers")}
+        lives: dict[str, tuple[int, ...]] = {}
         for fqn, tables in tables_of.items():
             bits = self._whole_bits(fqn) if "bits" in tables else None
             if bits is not None:
-                self.lives[fqn] = self._counts(fqn, bits)
+                lives[fqn] = self._counts(fqn, bits)
             for table in tables:
                 found.setdefault(table, {})[fqn] = self._slice(table, fqn, bits)
-        return found
+        return found, lives
 
     def _slice(self, table: str, fqn: str, bits: Tensor | None) -> Tensor:
         if table == "buffers":
             return self.files[0].get_tensor(f"buffers/{fqn}")
         if table in ("bits", "sparse_bits", "explored"):
-            joined = self._joined(f"{table}/{fqn}") if table != "bits" or bits is None else bits
+            joined = bits if table == "bits" and bits is not None else self._joined(f"{table}/{fqn}")
             return bytes_of(joined, *self._bounds(fqn)).clone()
         return self._values(table, fqn, None if table == "aside" else bits)
 
@@ -73,7 +72,7 @@ class _Source:
         return self.layout[fqn].bounds(self.peers.rank, self.peers.size)
 
     def _counts(self, fqn: str, bits: Tensor) -> tuple[int, ...]:
-        bounds = (self.layout[fqn].bounds(rank, self.peers.size) for rank in range(self.peers.size))
+        bounds = self.layout[fqn].all_bounds(self.peers.size)
         return tuple(count_kept(bytes_of(bits, start, stop)) for start, stop in bounds)
 
     def _whole_bits(self, fqn: str) -> Tensor:

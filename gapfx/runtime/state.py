@@ -52,6 +52,10 @@ class Spread:
         per_rank = -(-self.numel // (self.granule * size)) * self.granule
         return min(rank * per_rank, self.numel), min((rank + 1) * per_rank, self.numel)
 
+    def all_bounds(self, size: int) -> list[tuple[int, int]]:
+        """Start and stop of the slice of each rank."""
+        return [self.bounds(rank, size) for rank in range(size)]
+
 
 @dataclass
 class TrainState:
@@ -91,7 +95,8 @@ class TrainState:
     def put_ones(self, fqn: str) -> None:
         """A mask that keeps everything."""
         start, stop = self.bounds(fqn)
-        self.bits[fqn], self.lives[fqn] = pack(torch.ones(stop - start, dtype=torch.bool)), self._sizes(fqn)
+        self.bits[fqn] = pack(torch.ones(stop - start, dtype=torch.bool))
+        self.lives[fqn] = tuple(last - first for first, last in self.layout[fqn].all_bounds(self.peers.size))
 
     def num_live(self, fqn: str) -> int:
         """Number of live values in all slices."""
@@ -100,10 +105,6 @@ class TrainState:
     def is_all_live(self, fqn: str) -> bool:
         """Whether no value of it is masked."""
         return self.num_live(fqn) == self.layout[fqn].numel
-
-    def _sizes(self, fqn: str) -> tuple[int, ...]:
-        bounds = (self.layout[fqn].bounds(rank, self.peers.size) for rank in range(self.peers.size))
-        return tuple(stop - start for start, stop in bounds)
 
     def tables(self, fqn: str) -> list[dict[str, Tensor]]:
         """Where values of a weight are: the weight itself, and its moments."""

@@ -77,9 +77,7 @@ def at(peers: Peers, state: Any) -> Any:
     from gapfx.masks import count_kept
     from gapfx.runtime.state import bytes_of, own_part
 
-    bounds = {
-        fqn: [spread.bounds(rank, peers.size) for rank in range(peers.size)] for fqn, spread in state.layout.items()
-    }
+    bounds = {fqn: spread.all_bounds(peers.size) for fqn, spread in state.layout.items()}
     lives = {fqn: tuple(count_kept(bytes_of(bits, *each)) for each in bounds[fqn]) for fqn, bits in state.bits.items()}
     mine = dataclasses.replace(state, peers=peers, lives=lives)
     cut = {fqn: own_part(mine, fqn, value) for fqn, value in state.weights.items()}
