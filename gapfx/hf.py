@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, TrainerCallback
 
 from gapfx.errors import FileError, UserError
@@ -44,7 +44,7 @@ class SparseCallback(TrainerCallback):
             raise UserError("masks cannot be held in a Trainer with DeepSpeed", fix="train with `gapfx sparsify`")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         read = read_state(folder) if state.global_step else None
-        self.held = hold(_bare(model), optimizer, **self.given, state=read)
+        self.held = hold(model, optimizer, **self.given, state=read)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the masks beside the model."""
@@ -56,13 +56,6 @@ class SparseCallback(TrainerCallback):
         """Take the hooks off."""
         if self.held is not None:
             self.held.remove()
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside of a data-parallel wrapper, whose parameters have the original names."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # pyright: ignore
-    return model
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
