@@ -50,8 +50,6 @@ defaults = {
     "finetune_epochs": 0.28,
     "batch_size": 16,
     "dense": ["pooler.*"],  # it is in the files, and the points do not come from it
-    "state": "carry",
-    "phase_lr": "continue",
     "growth": "saved",
 }
 

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from gapfx.plan import GrowthRule, LrRule, Phase, StateRule
+
+
+class Turnover(NamedTuple):
+    """What happens to the optimizer state and the learning rate where a phase begins."""
+
+    state: StateRule
+    lr: LrRule
+
+
+RESTARTED, CONTINUED = Turnover("reset", "restart"), Turnover("carry", "continue")
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long a run is: `rounds` turns over all groups, `phase_steps` a group, then `finetune_steps`.
 
-    `state` and `lr` say what happens to the optimizer state and the learning rate where a growing phase begins, and
-    `growth` what weights start from that grow again; `replicas` is the number of models that `pgap` trains side by
-    side, 0 for one a group; `update_steps` lie between two updates of masks in `set` and `rigl`, whose phases those
-    are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a group goes back to its target,
-    further each time; `sparsity` is the target of the whole plan; `is_trained` is for trained weights.
+    `state` and `lr` say what happens to the optimizer state and the learning rate where a growing phase begins, "auto"
+    what is best for the method, and `growth` what weights start from that grow again; `replicas` is the number of
+    models that `pgap` trains side by side, 0 for one a group; `update_steps` lie between two updates of masks in `set`
+    and `rigl`, whose phases those are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a
+    group goes back to its target, further each time; `sparsity` is the target of the whole plan; `is_trained` is for
+    trained weights.
     """
 
     rounds: int
     phase_steps: int
     finetune_steps: int
-    state: StateRule = "reset"
+    state: StateRule | Literal["auto"] = "auto"
     replicas: int = 0
     update_steps: int = 100
     seed: int = 0
     growth: GrowthRule = "zero"
-    lr: LrRule = "restart"
+    lr: LrRule | Literal["auto"] = "auto"
     landing: int = 1
     sparsity: float = 0.0
     is_trained: bool = False
+
+    def turnover(self, auto: Turnover) -> Turnover:
+        """What happens where a growing phase begins, with `auto` for what is left to the method."""
+        return Turnover(auto.state if self.state == "auto" else self.state, auto.lr if self.lr == "auto" else self.lr)
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,13 @@ UpdateSteps = Annotated[
 Replicas = Annotated[
     int | None, _setting("replicas", "Models that pgap trains side by side; 0 is one a group.", SCHEDULE)
 ]
-State = Annotated[str | None, _setting("state", "Optimizer state at a new phase: reset or carry.", SCHEDULE)]
+State = Annotated[
+    str | None,
+    _setting("state", "Optimizer state at a new phase: reset, carry or auto (carry for gap).", SCHEDULE),
+]
 PhaseLr = Annotated[
     str | None,
-    _setting("phase_lr", "Learning rate at a new phase of gap, pgap and oneshot: restart or continue.", SCHEDULE),
+    _setting("phase_lr", "Learning rate at a new phase: restart, continue or auto (continue for gap).", SCHEDULE),
 ]
 Growth = Annotated[
     str | None,

@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from gapfx.budget import CONTINUED, RESTARTED, Turnover
 from gapfx.budget import Budget as Budget
 from gapfx.budget import Schedule as Schedule
 from gapfx.errors import UserError
@@ -26,7 +27,11 @@ SCHEDULES: Registry[ScheduleMaker] = Registry("method")
 
 @SCHEDULES.register("gap")
 def gap(budget: Budget, num_groups: int) -> Schedule:
-    """Cyclic GaP (Ma et al., ICLR 2022): each group in turn grown to dense, trained, pruned; then a full fine-tune."""
+    """Cyclic GaP (Ma et al., ICLR 2022): each group in turn grown to dense, trained, pruned; then a full fine-tune.
+
+    One learning rate and one optimizer state for the whole run, which is better than the paper's restarts at each phase
+    (RESULTS.md); those are `state="reset", lr="restart"`.
+    """
     return _one_by_one(budget, [list(range(num_groups))] * budget.rounds)
 
 
@@ -44,17 +49,18 @@ def rgap(budget: Budget, num_groups: int) -> Schedule:
 
 def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
     """Each group grown alone, in the order given for each round; then a full fine-tune."""
-    if budget.landing > 1 and (budget.lr, budget.state) != ("continue", "carry"):
+    turnover = budget.turnover(CONTINUED)
+    if budget.landing > 1 and turnover != CONTINUED:
         raise UserError(
             "a landing in several prunes needs one learning rate and one optimizer state",
-            fix="give --phase-lr continue --state carry too, or --landing 1",
+            fix="leave out --phase-lr restart and --state reset, or give --landing 1",
         )
     turns = [(turn, group) for turn, order in enumerate(orders) for group in order]
-    phases = [part for index, turn in enumerate(turns) for part in _turn(budget, index, *turn)]
-    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
+    phases = [part for index, turn in enumerate(turns) for part in _turn(budget, turnover, index, *turn)]
+    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps, turnover)))
 
 
-def _turn(budget: Budget, index: int, turn: int, group: int) -> Iterator[Phase]:
+def _turn(budget: Budget, turnover: Turnover, index: int, turn: int, group: int) -> Iterator[Phase]:
     """One group from its growth to its prune, which may take several, further and further as in `gmp`."""
     first, num_parts = index * budget.phase_steps, min(budget.landing, budget.phase_steps)
     bounds = [first + budget.phase_steps * part // num_parts for part in range(num_parts + 1)]
@@ -66,8 +72,8 @@ def _turn(budget: Budget, index: int, turn: int, group: int) -> Iterator[Phase]:
             grow=() if part else (group,),
             prune=(group,),
             round=turn,
-            state=budget.state,
-            lr=budget.lr,
+            state=turnover.state,
+            lr=turnover.lr,
             growth="zero" if part else budget.growth,
             depth=1 - (1 - (part + 1) / num_parts) ** 3,
         )
@@ -79,7 +85,7 @@ def pgap(budget: Budget, num_groups: int) -> Schedule:
 
     All groups start sparse. A round visits every group in as many phases as the replicas need turns.
     """
-    replicas = budget.replicas or num_groups
+    replicas, turnover = budget.replicas or num_groups, budget.turnover(CONTINUED)
     if budget.growth != "zero" and replicas > 1:
         raise UserError("weights of pgap grow from zero", fix="take out --growth saved, or take --method gap")
     if not 1 <= replicas <= num_groups:
@@ -97,14 +103,14 @@ def pgap(budget: Budget, num_groups: int) -> Schedule:
             grow=share,
             prune=share,
             round=turn,
-            state=budget.state,
-            lr=budget.lr,
+            state=turnover.state,
+            lr=turnover.lr,
             growth=budget.growth if len(share) == 1 else "zero",
             replicas=len(share),
         )
         for index, (turn, share) in enumerate(turns)
     ]
-    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps)))
+    return Schedule((*phases, *_finetune(budget, len(turns) * budget.phase_steps, turnover)))
 
 
 @SCHEDULES.register("dense")
@@ -128,7 +134,8 @@ def oneshot(budget: Budget, num_groups: int) -> Schedule:
         return Schedule((Phase("fine-tune", 0, _total_steps(budget, num_groups)),))
     if not budget.finetune_steps:
         raise UserError("oneshot needs a fine-tune after its prune", fix="give --finetune-epochs above 0")
-    return Schedule((Phase("dense", 0, stop, everything, everything), *_finetune(budget, stop)))
+    finetune = _finetune(budget, stop, budget.turnover(RESTARTED))
+    return Schedule((Phase("dense", 0, stop, everything, everything), *finetune))
 
 
 @SCHEDULES.register("acdc")
@@ -149,13 +156,13 @@ def acdc(budget: Budget, num_groups: int) -> Schedule:
             grow=() if index % 2 else everything,
             prune=() if index % 2 else everything,
             round=index // 2,
-            state="carry" if index % 2 else budget.state,
+            state="carry" if index % 2 else budget.turnover(RESTARTED).state,
             lr="continue",
             growth=budget.growth,
         )
         for index in range(count)
     ]
-    return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
+    return Schedule((*phases, *_finetune(budget, count * budget.phase_steps, CONTINUED)))
 
 
 @SCHEDULES.register("gmp")
@@ -181,7 +188,7 @@ def gmp(budget: Budget, num_groups: int) -> Schedule:
         )
         for index in range(count)
     ]
-    return Schedule((*phases, *_carried(_finetune(budget, count * budget.phase_steps))))
+    return Schedule((*phases, *_finetune(budget, count * budget.phase_steps, CONTINUED)))
 
 
 @SCHEDULES.register("imp")
@@ -326,13 +333,8 @@ def _total_steps(budget: Budget, num_groups: int) -> int:
     return _growing_steps(budget, num_groups) + budget.finetune_steps
 
 
-def _finetune(budget: Budget, start: int) -> tuple[Phase, ...]:
+def _finetune(budget: Budget, start: int, turnover: Turnover) -> tuple[Phase, ...]:
     if not budget.finetune_steps:
         return ()
     stop = start + budget.finetune_steps
-    return (Phase("fine-tune", start, stop, round=budget.rounds, state=budget.state, lr=budget.lr),)
-
-
-def _carried(phases: Iterable[Phase]) -> Iterator[Phase]:
-    """The phases as a continuation of what came before."""
-    return (dataclasses.replace(phase, state="carry", lr="continue") for phase in phases)
+    return (Phase("fine-tune", start, stop, round=budget.rounds, state=turnover.state, lr=turnover.lr),)

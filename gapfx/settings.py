@@ -38,9 +38,9 @@ class Settings:
     micro_batch: int = 0
     clip: float = 1.0
     lr_scale: float = 1.0
-    state: Literal["reset", "carry"] = "reset"
+    state: Literal["auto", "reset", "carry"] = "auto"
     regrow_warmup: int = 0
-    phase_lr: Literal["restart", "continue"] = "restart"
+    phase_lr: Literal["auto", "restart", "continue"] = "auto"
     growth: Literal["zero", "saved"] = "zero"
     landing: int = 1
     update_steps: int = 100

@@ -219,7 +219,7 @@ def test_a_landing_prunes_a_group_further_and_further_within_its_turn(
 
 def test_a_landing_needs_one_learning_rate() -> None:
     with pytest.raises(UserError, match="needs one learning rate and one optimizer state"):
-        with_schedule(plan_of(3), "gap", Budget(2, 5, 3, landing=2))
+        with_schedule(plan_of(3), "gap", Budget(2, 5, 3, lr="restart", landing=2))
 
 
 def test_replicas_grow_from_zero() -> None:
@@ -227,9 +227,27 @@ def test_replicas_grow_from_zero() -> None:
         with_schedule(plan_of(3), "pgap", Budget(2, 5, 3, growth="saved"))
 
 
-def test_the_learning_rate_of_gap_can_go_on_over_all_phases() -> None:
-    phases = with_schedule(plan_of(3), "gap", Budget(2, 5, 3, lr="continue")).phases
-    assert {phase.lr for phase in phases} == {"continue"}
+@pytest.mark.parametrize(
+    ("method", "state", "lr"),
+    [
+        ("gap", "carry", "continue"),
+        ("rgap", "carry", "continue"),
+        ("pgap", "carry", "continue"),
+        ("oneshot", "reset", "restart"),
+        ("acdc", "reset", "continue"),
+    ],
+)
+def test_each_method_has_the_turnover_that_it_does_best_with(method: str, state: str, lr: str) -> None:
+    growing = [phase for phase in with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[1:] if phase.grow]
+    last = with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[-1]
+    assert {(phase.state, phase.lr) for phase in growing} <= {(state, lr)}
+    assert (last.state, last.lr) == (("carry", "continue") if method == "acdc" else (state, lr))
+
+
+@pytest.mark.parametrize("method", ["gap", "rgap", "pgap"])
+def test_the_restarts_of_the_paper_are_there_for_the_asking(method: str) -> None:
+    phases = with_schedule(plan_of(3), method, Budget(2, 5, 3, state="reset", lr="restart")).phases
+    assert {(phase.state, phase.lr) for phase in phases} == {("reset", "restart")}
 
 
 def test_set_drops_the_same_share_at_random_to_the_end() -> None:

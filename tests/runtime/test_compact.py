@@ -35,7 +35,7 @@ def newest(run: Path) -> Path:
     "flags",
     [
         (),
-        ("--zero", 2, "--state", "carry"),
+        ("--zero", 2, "--state", "reset"),
         ("--method", "static", "--pattern", "2:4"),
         ("--method", "oneshot", "--allocation", "erk"),
         ("--method", "dense"),

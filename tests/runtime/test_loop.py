@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
     "flags",
     [
         (),
-        ("--state", "carry", "--dtype", "bf16"),
+        ("--state", "reset", "--phase-lr", "restart", "--dtype", "bf16"),
         ("--state", "carry", "--regrow-warmup", 3),
         ("--pattern", "2:4", "--sparsity", 0.5),
     ],
@@ -208,7 +208,7 @@ def _course(run: Path) -> list[tuple[Any, ...]]:
 
 
 def test_a_carried_optimizer_state_changes_the_run(tmp_path: Path) -> None:
-    reset, carried = train(tmp_path / "reset"), train(tmp_path / "carry", "--state", "carry")
+    reset, carried = train(tmp_path / "reset", "--state", "reset"), train(tmp_path / "carry")
     assert not torch.equal(weights(reset)["head.weight"], weights(carried)["head.weight"])
 
 
