@@ -5,7 +5,7 @@ As gapfx.ops.linear: the dense weight is made in the forward and again in the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gapfx.ops.autocast import autocast_like_a_product
-from gapfx.ops.expand import dense_of, packed_of
+from gapfx.ops.expand import dense_inside, packed_inside
+from gapfx.ops.product import Product, product
 
 Numbers = Sequence[int]
 
@@ -46,16 +47,13 @@ class ConvSettings:
         return self.stride, self.padding, self.dilation, self.is_transposed, self.output_padding, self.groups
 
 
-@torch.library.custom_op("gapfx::convolution", mutates_args=())
-def _convolution(
-    x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers
-) -> Tensor:
-    weight, arguments = dense_of(values, bits, shape), ConvSettings.from_ints(settings).arguments()
+def forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers) -> Tensor:
+    """The code of the op."""
+    weight, arguments = dense_inside(values, bits, shape), ConvSettings.from_ints(settings).arguments()
     return torch.ops.aten.convolution(x, weight, bias, *arguments)
 
 
-@torch.library.custom_op("gapfx::convolution_backward", mutates_args=())
-def _convolution_backward(
+def backward(
     gradient: Tensor,
     x: Tensor,
     values: Tensor,
@@ -65,10 +63,14 @@ def _convolution_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, values and bias, an empty tensor for each that nobody needs."""
-    weight, arguments = dense_of(values, bits, shape), ConvSettings.from_ints(settings).arguments()
+    weight, arguments = dense_inside(values, bits, shape), ConvSettings.from_ints(settings).arguments()
     found = torch.ops.aten.convolution_backward(gradient, x, weight, [gradient.shape[1]], *arguments, list(needs))
     of_x, of_weight, of_bias = (gradient.new_empty(0) if item is None else item for item in found)
-    return [of_x, packed_of(of_weight, bits, values.shape) if needs[1] else of_weight, of_bias]
+    return [of_x, packed_inside(of_weight, bits, values.shape) if needs[1] else of_weight, of_bias]
+
+
+_convolution = torch.library.custom_op("gapfx::convolution", forward, mutates_args=())
+_convolution_backward = torch.library.custom_op("gapfx::convolution_backward", backward, mutates_args=())
 
 
 @_convolution.register_fake
@@ -95,28 +97,11 @@ def _(
     return [item if need else gradient.new_empty(0) for item, need in zip(found, needs, strict=True)]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bits, _, ctx.shape, ctx.settings = inputs
-    ctx.save_for_backward(x, values, bits)
-
-
-def register_gradients(op: Any, backward: Callable[..., list[Tensor]]) -> None:
-    """Let the op `backward` serve for `op`; both have the signatures of those above."""
-
-    def gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-        found = backward(gradient, *ctx.saved_tensors, ctx.shape, ctx.settings, needs)
-        of_x, of_values, of_bias = (item if need else None for item, need in zip(found, needs, strict=True))
-        return of_x, of_values, None, of_bias, None, None
-
-    op.register_autograd(gradients, setup_context=_keep)
-
-
-register_gradients(_convolution, _convolution_backward)
+PRODUCT = product(_convolution, forward, _convolution_backward, backward)
 
 
 def convolve(
-    op: Callable[..., Tensor],
+    op: Product,
     x: Tensor,
     values: Tensor,
     bits: Tensor,
@@ -136,4 +121,4 @@ def convolution(
     x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers
 ) -> Tensor:
     """The convolution of x, batched or not, with the weight of `shape`; autocast as torch's. See ConvSettings."""
-    return convolve(_convolution, x, values, bits, bias, shape, settings)
+    return convolve(PRODUCT, x, values, bits, bias, shape, settings)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapfx.ops.expand import dense_of, packed_of
+from gapfx.ops.expand import dense_inside, packed_inside
 
 
 @torch.library.custom_op("gapfx::embedding", mutates_args=())
@@ -16,7 +16,7 @@ def embedding(
     indices: Tensor, values: Tensor, bits: Tensor, shape: Sequence[int], padding: int = -1, scale: bool = False
 ) -> Tensor:
     """Rows of the table of `shape`. No gradient reaches row `padding`; `scale` divides by how often a row is used."""
-    return torch.ops.aten.embedding(dense_of(values, bits, shape), indices)
+    return torch.ops.aten.embedding(dense_inside(values, bits, shape), indices)
 
 
 @torch.library.custom_op("gapfx::embedding_backward", mutates_args=())
@@ -30,7 +30,7 @@ def _embedding_backward(
     scale: bool,
 ) -> Tensor:
     dense = torch.ops.aten.embedding_dense_backward(gradient, indices, shape[0], padding, scale)
-    return packed_of(dense, bits, values.shape)
+    return packed_inside(dense, bits, values.shape)
 
 
 @embedding.register_fake

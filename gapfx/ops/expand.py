@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from gapfx.kernels import native, setting
 from gapfx.masks import unpack
-from gapfx.ops.mask import mask
+from gapfx.ops.mask import mask, masked
 
 
-@torch.library.custom_op("gapfx::expand", mutates_args=())
-def expand(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
+def expanded(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Dense tensor of `shape`: the values where the bit is 1, exact 0 elsewhere."""
     kernels = _kernels_for(values)
     if kernels is not None:
@@ -33,8 +32,7 @@ def expand(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     return values.new_zeros(shape).masked_scatter_(unpack(bits, shape), values)
 
 
-@torch.library.custom_op("gapfx::gather", mutates_args=())
-def gather(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
+def gathered(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Values of `dense` whose bit is 1, as a tensor of `shape` (as many elements as there are such bits)."""
     dense = dense.contiguous()
     kernels = _kernels_for(dense)
@@ -43,6 +41,10 @@ def gather(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
         kernels.gather(dense, bits, values)
         return values
     return dense.masked_select(unpack(bits, dense.shape)).view(shape)
+
+
+expand = torch.library.custom_op("gapfx::expand", expanded, mutates_args=())
+gather = torch.library.custom_op("gapfx::gather", gathered, mutates_args=())
 
 
 def _kernels_for(tensor: Tensor) -> ModuleType | None:
@@ -94,11 +96,12 @@ def dense_of(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
 
     Values that have the dense shape already are masked: so one graph serves both forms of a weight.
     """
-    if values.shape == tuple(shape):
-        return mask(values, bits)
-    if values.numel() == math.prod(shape):
-        return values.view(shape)
-    return expand(values, bits, shape)
+    return _dense(values, bits, shape, mask, expand)
+
+
+def dense_inside(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """As `dense_of`, without a gradient, past torch's dispatcher: inside of an op nobody looks on."""
+    return _dense(values, bits, shape, masked, expanded)
 
 
 def packed_of(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -106,6 +109,27 @@ def packed_of(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
 
     In the dense shape, zeros stand where the mask drops.
     """
+    return _packed(dense, bits, shape, mask, gather)
+
+
+def packed_inside(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """As `packed_of`, inside of an op."""
+    return _packed(dense, bits, shape, masked, gathered)
+
+
+def _dense(
+    values: Tensor, bits: Tensor, shape: Sequence[int], mask: Callable[..., Tensor], expand: Callable[..., Tensor]
+) -> Tensor:
+    if values.shape == tuple(shape):
+        return mask(values, bits)
+    if values.numel() == math.prod(shape):
+        return values.view(shape)
+    return expand(values, bits, shape)
+
+
+def _packed(
+    dense: Tensor, bits: Tensor, shape: Sequence[int], mask: Callable[..., Tensor], gather: Callable[..., Tensor]
+) -> Tensor:
     if dense.shape == tuple(shape):
         return mask(dense, bits)
     if dense.numel() == math.prod(shape):

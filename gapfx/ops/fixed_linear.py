@@ -20,7 +20,8 @@ from torch import Tensor
 from gapfx.kernels import decode
 from gapfx.kernels import linear as kernels
 from gapfx.masks import unpack
-from gapfx.ops.expand import dense_of
+from gapfx.ops.expand import dense_inside
+from gapfx.ops.product import is_unseen
 
 ACTIVATIONS = (torch.float32, torch.bfloat16)
 
@@ -45,7 +46,7 @@ def dense_weight(values: Tensor, bits: Tensor, shape: Sequence[int], dtype: torc
     if scales is not None:
         counts = unpack(bits, shape).sum(1)
         flat = flat.float() * scales.repeat_interleave(counts)
-    return dense_of(flat.to(dtype).view(-1, 1), bits, shape)
+    return dense_inside(flat.to(dtype).view(-1, 1), bits, shape)
 
 
 @torch.library.custom_op("gapfx::fixed_linear", mutates_args=())
@@ -65,15 +66,8 @@ def fixed_linear(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, s
         x = x.to(torch.get_autocast_dtype(device))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    is_plain = _is_plain(x) and not (torch.is_grad_enabled() and _is_trained(x, values, bias))
-    return (_product if is_plain else _fixed_linear)(x, values, bits, bias, shape)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody looks on: torch's way to a custom op takes longer than the product of a small layer."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        return False
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # pyright: ignore
+    is_direct = is_unseen(x) and not (torch.is_grad_enabled() and _is_trained(x, values, bias))
+    return (_product if is_direct else _fixed_linear)(x, values, bits, bias, shape)
 
 
 def _is_trained(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:

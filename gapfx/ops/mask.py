@@ -14,11 +14,13 @@ from torch import Tensor
 from gapfx.masks import unpack
 
 
-@torch.library.custom_op("gapfx::mask", mutates_args=())
-def mask(weight: Tensor, bits: Tensor) -> Tensor:
+def masked(weight: Tensor, bits: Tensor) -> Tensor:
     """`weight` where the bit is 1, exact 0 elsewhere. bits: packed uint8, see gapfx.masks."""
     # where, not a product: 0 * inf is NaN and -1 * 0 is -0.0.
     return torch.where(unpack(bits, weight.shape), weight, 0)
+
+
+mask = torch.library.custom_op("gapfx::mask", masked, mutates_args=())
 
 
 @mask.register_fake
@@ -35,11 +37,7 @@ def _mask_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return mask(gradient, bits), None
 
 
-def _mask_in_transform(weight: Tensor, bits: Tensor) -> Tensor:
-    """By ops that `torch.func` knows: inside of its transforms a custom op has neither a gradient nor a batch."""
-    return torch.where(unpack(bits, weight.shape), weight, 0)
-
-
 mask.register_autograd(_mask_gradient, setup_context=_keep_bits)
 _LIBRARY = torch.library.Library("gapfx", "FRAGMENT")
-_LIBRARY.impl("mask", _mask_in_transform, "FuncTorchDynamicLayerFrontMode")
+# By ops that `torch.func` knows: inside of its transforms a custom op has neither a gradient nor a batch.
+_LIBRARY.impl("mask", masked, "FuncTorchDynamicLayerFrontMode")

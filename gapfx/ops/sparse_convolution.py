@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from gapfx.kernels import convolution as kernels
-from gapfx.ops.convolution import ConvSettings, Numbers, convolve, register_gradients
+from gapfx.ops import convolution as dense
+from gapfx.ops.convolution import ConvSettings, Numbers, convolve
+from gapfx.ops.product import is_unseen, product
 
 
 def refusal(shape: Numbers, settings: Numbers, dtype: torch.dtype) -> str:
@@ -70,13 +72,10 @@ def _check(x: Tensor, values: Tensor, shape: Numbers, settings: Numbers) -> None
         raise RuntimeError(f"gapfx::sparse_convolution: the input is {x.dtype}, the weight {values.dtype}")
 
 
-@torch.library.custom_op("gapfx::sparse_convolution", mutates_args=())
-def _convolution(
-    x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers
-) -> Tensor:
+def _forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers) -> Tensor:
     out = _empty_out(x, shape, settings)
     if _is_dense(values, shape):
-        return out.copy_(torch.ops.gapfx.convolution(x, values, bits, bias, shape, settings))
+        return out.copy_(dense.forward(x, values, bits, bias, shape, settings))
     _check(x, values, shape, settings)
     g, groups = _geometry(x.shape, out.shape, tuple(shape), tuple(settings))
     live = kernels.prepare(bits, shape, groups)
@@ -85,8 +84,7 @@ def _convolution(
     return out if written is out else out.copy_(written)
 
 
-@torch.library.custom_op("gapfx::sparse_convolution_backward", mutates_args=())
-def _convolution_backward(
+def _backward(
     gradient: Tensor,
     x: Tensor,
     values: Tensor,
@@ -98,7 +96,7 @@ def _convolution_backward(
     """Gradients of x, values and bias, an empty tensor for each that nobody needs."""
     of_x, of_values, of_bias = _empty_gradients(gradient, x, values, needs)
     if _is_dense(values, shape):
-        found = torch.ops.gapfx.convolution_backward(gradient, x, values, bits, shape, settings, needs)
+        found = dense.backward(gradient, x, values, bits, shape, settings, needs)
         return [empty.copy_(made) for empty, made in zip((of_x, of_values, of_bias), found, strict=True)]
     _check(x, values, shape, settings)
     g, groups = _geometry(x.shape, gradient.shape, tuple(shape), tuple(settings))
@@ -124,6 +122,10 @@ def _empty_gradients(gradient: Tensor, x: Tensor, values: Tensor, needs: Sequenc
     return [item if need else gradient.new_empty(0) for item, need in zip(found, needs, strict=True)]
 
 
+_convolution = torch.library.custom_op("gapfx::sparse_convolution", _forward, mutates_args=())
+_convolution_backward = torch.library.custom_op("gapfx::sparse_convolution_backward", _backward, mutates_args=())
+
+
 @_convolution.register_fake
 def _(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Numbers, settings: Numbers) -> Tensor:
     return _empty_out(x, shape, settings)
@@ -142,7 +144,7 @@ def _(
     return _empty_gradients(gradient, x, values, needs)
 
 
-register_gradients(_convolution, _convolution_backward)
+PRODUCT = product(_convolution, _forward, _convolution_backward, _backward)
 
 
 def sparse_convolution(
@@ -152,4 +154,6 @@ def sparse_convolution(
 
     Raises RuntimeError with the reason for what `refusal` refuses.
     """
-    return convolve(_convolution, x, values, bits, bias, shape, settings)
+    # Past torch's dispatcher nobody needs to know beforehand how the output lies in memory.
+    way = dense.PRODUCT if _is_dense(values, shape) and is_unseen(x) else PRODUCT
+    return convolve(way, x, values, bits, bias, shape, settings)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from gapfx.kernels import linear as kernels
 from gapfx.ops import linear as dense
 from gapfx.ops.autocast import autocast_like_a_product
+from gapfx.ops.product import product
 
 refusal = kernels.refusal
 
@@ -29,22 +29,20 @@ def _can_take(values: Tensor, shape: Sequence[int], *others: Tensor | None) -> b
     return same and not kernels.refusal(shape, values.dtype)
 
 
-@torch.library.custom_op("gapfx::sparse_linear", mutates_args=())
-def _sparse_linear(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+def _forward(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     if not _can_take(values, shape, x, bias):
-        return torch.ops.gapfx.linear(x, values, bits, bias, shape)
+        return dense.forward(x, values, bits, bias, shape)
     rows = kernels.forward(x.reshape(-1, shape[1]), values, kernels.index_of(bits, shape), bias)
     return rows.view(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op("gapfx::sparse_linear_backward", mutates_args=())
-def _sparse_linear_backward(
+def _backward(
     gradient: Tensor, x: Tensor, values: Tensor, bits: Tensor, shape: Sequence[int], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of x, values and bias, an empty tensor for each that nobody needs."""
     if not _can_take(values, shape, x, gradient):
-        return torch.ops.gapfx.linear_backward(gradient, x, values, bits, shape, needs)
-    rows, inputs = gradient.reshape(-1, shape[0]), x.reshape(-1, shape[1])
+        return dense.backward(gradient, x, values, bits, shape, needs)
+    rows, inputs = gradient.reshape(-1, shape[0]).contiguous(), x.reshape(-1, shape[1])
     of_x, of_values = None, None
     if needs[0] or needs[1]:
         index = kernels.index_of(bits, shape)
@@ -54,6 +52,10 @@ def _sparse_linear_backward(
         gradient.new_empty(0) if of_values is None else of_values,
         rows.sum(0) if needs[2] else gradient.new_empty(0),
     ]
+
+
+_sparse_linear = torch.library.custom_op("gapfx::sparse_linear", _forward, mutates_args=())
+_sparse_linear_backward = torch.library.custom_op("gapfx::sparse_linear_backward", _backward, mutates_args=())
 
 
 @_sparse_linear.register_fake
@@ -69,18 +71,10 @@ def _(
     return [gradient.new_empty(size if need else 0) for size, need in zip(sizes, needs, strict=True)]
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bits = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    found = _sparse_linear_backward(gradient.contiguous(), x, values, bits, ctx.shape, needs)
-    of_x, of_values, of_bias = (item if need else None for item, need in zip(found, needs, strict=True))
-    return of_x, of_values, None, of_bias, None
-
-
-_sparse_linear.register_autograd(_backward, setup_context=dense.keep)
+PRODUCT = product(_sparse_linear, _forward, _sparse_linear_backward, _backward)
 
 
 def sparse_linear(x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     """As F.linear, also under autocast, with the weight of `shape` [outputs, inputs] given by `values` and `bits`."""
     with autocast_like_a_product(x, values, bias) as (given, live, offset):
-        return _sparse_linear(given, live, bits, offset, shape)
+        return PRODUCT(given, live, bits, offset, shape)
