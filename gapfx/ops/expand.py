@@ -96,12 +96,12 @@ def dense_of(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
 
     Values that have the dense shape already are masked: so one graph serves both forms of a weight.
     """
-    return _dense(values, bits, shape, mask, expand)
+    return _in_shape(values, bits, shape, mask, expand)
 
 
 def dense_inside(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """As `dense_of`, without a gradient, past torch's dispatcher: inside of an op nobody looks on."""
-    return _dense(values, bits, shape, masked, expanded)
+    return _in_shape(values, bits, shape, masked, expanded)
 
 
 def packed_of(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -109,29 +109,19 @@ def packed_of(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
 
     In the dense shape, zeros stand where the mask drops.
     """
-    return _packed(dense, bits, shape, mask, gather)
+    return _in_shape(dense, bits, shape, mask, gather)
 
 
 def packed_inside(dense: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """As `packed_of`, inside of an op."""
-    return _packed(dense, bits, shape, masked, gathered)
+    return _in_shape(dense, bits, shape, masked, gathered)
 
 
-def _dense(
-    values: Tensor, bits: Tensor, shape: Sequence[int], mask: Callable[..., Tensor], expand: Callable[..., Tensor]
+def _in_shape(
+    tensor: Tensor, bits: Tensor, shape: Sequence[int], mask: Callable[..., Tensor], change: Callable[..., Tensor]
 ) -> Tensor:
-    if values.shape == tuple(shape):
-        return mask(values, bits)
-    if values.numel() == math.prod(shape):
-        return values.view(shape)
-    return expand(values, bits, shape)
-
-
-def _packed(
-    dense: Tensor, bits: Tensor, shape: Sequence[int], mask: Callable[..., Tensor], gather: Callable[..., Tensor]
-) -> Tensor:
-    if dense.shape == tuple(shape):
-        return mask(dense, bits)
-    if dense.numel() == math.prod(shape):
-        return dense.reshape(shape)
-    return gather(dense, bits, shape)
+    if tensor.shape == tuple(shape):
+        return mask(tensor, bits)
+    if tensor.numel() == math.prod(shape):
+        return tensor.reshape(shape)
+    return change(tensor, bits, shape)

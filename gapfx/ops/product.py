@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,7 @@ def is_unseen(x: Tensor) -> bool:
 
 def product(op: Any, forward: Forward, backward_op: Backward, backward: Backward) -> Product:
     """The op, of which `forward` is the code, with `backward_op` for its gradient, of which `backward` is the code."""
-
-    def gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(backward_op, ctx, gradient)
-
-    @once_differentiable
-    def gradients_once(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(backward, ctx, gradient)
+    gradients_once = once_differentiable(partial(_gradients, backward))
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -61,7 +56,7 @@ def product(op: Any, forward: Forward, backward_op: Backward, backward: Backward
         def backward(ctx: Any, *grad_outputs: Any) -> Any:
             return gradients_once(ctx, *grad_outputs)
 
-    op.register_autograd(gradients, setup_context=_keep)
+    op.register_autograd(partial(_gradients, backward_op), setup_context=_keep)
     return Product(op, Direct.apply)
 
 
