@@ -12,6 +12,7 @@ from __future__ import annotations
 import fashion
 from fashion import data, evaluate, loss, model, optimizer
 
+from gapfx.budget import CONTINUED
 from gapfx.plan import Phase
 from gapfx.schedule import SCHEDULES, Budget, Schedule
 
@@ -22,6 +23,7 @@ defaults = {**fashion.defaults, "method": "widening"}
 @SCHEDULES.register("widening")
 def widening(budget: Budget, num_groups: int) -> Schedule:
     """Turn k of a round grows the first k groups; all masks are fixed in the fine-tune at the end."""
+    turnover = budget.turnover(CONTINUED)
     turns = [(turn, width) for turn in range(budget.rounds) for width in range(1, num_groups + 1)]
     phases = [
         Phase(
@@ -31,10 +33,12 @@ def widening(budget: Budget, num_groups: int) -> Schedule:
             grow=tuple(range(width)),
             prune=tuple(range(width)),
             round=turn,
-            state=budget.state,
+            state=turnover.state,
+            lr=turnover.lr,
         )
         for index, (turn, width) in enumerate(turns)
     ]
     stop = len(turns) * budget.phase_steps
-    finetune = Phase("fine-tune", stop, stop + budget.finetune_steps, round=budget.rounds, state=budget.state)
+    end = stop + budget.finetune_steps
+    finetune = Phase("fine-tune", stop, end, round=budget.rounds, state=turnover.state, lr=turnover.lr)
     return Schedule((*phases, finetune) if budget.finetune_steps else tuple(phases))

@@ -5,6 +5,7 @@
 
 $TRANSLATION_DIR names another folder with train.en, train.de, val.en and val.de, one sentence a line, as of WMT.
 `--entry transformer_big` is the model of the paper; give it $TRANSLATION_SUBWORDS=32000 with WMT.
+$TRANSLATION_MAX_TOKENS=30 trains on shorter sentences alone: a batch is as long as its longest.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 DATA = Path(__file__).parent / "data" / "translation-full"
 PAD, START, END = range(3)
 NUM_SUBWORDS = int(os.environ.get("TRANSLATION_SUBWORDS", "4000"))  # of both languages together
-MAX_TOKENS = 100  # longer pairs are not trained on
+MAX_TOKENS = int(os.environ.get("TRANSLATION_MAX_TOKENS", "100"))  # longer pairs are not trained on
 WARM_UP = 4000  # steps, at the start of every phase
 SMOOTHING = 0.1
 BEAM, LENGTH_PENALTY = 4, 0.6
