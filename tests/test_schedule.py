@@ -53,7 +53,7 @@ def test_one_budget_is_the_same_number_of_steps_for_all_methods(budget: Budget, 
 def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order(
     budget: Budget, num_groups: int, has_finetune: bool
 ) -> None:
-    budget = budget if has_finetune else dataclasses.replace(budget, finetune_steps=0)
+    budget = dataclasses.replace(budget, landing=1, finetune_steps=budget.finetune_steps if has_finetune else 0)
     phases = with_schedule(plan_of(num_groups), "gap", budget).phases
     growing = [phase for phase in phases if phase.grow]
     assert [phase.grow for phase in growing] == [(group,) for group in range(num_groups)] * budget.rounds
@@ -196,58 +196,9 @@ def test_growth_from_saved_values_is_in_every_growing_phase(method: str) -> None
     assert {phase.growth for phase in phases if phase.grow} == {"saved"}
 
 
-@given(BUDGETS, st.integers(1, 6), st.integers(1, 6))
-def test_a_landing_prunes_a_group_further_and_further_within_its_turn(
-    budget: Budget, num_groups: int, landing: int
-) -> None:
-    budget = dataclasses.replace(budget, landing=landing, state="carry", lr="continue")
-    plan = with_schedule(plan_of(num_groups), "gap", budget)
-    plan.validate()
-    num_parts = min(landing, budget.phase_steps)
-    pruning = [phase for phase in plan.phases if phase.prune]
-    assert [phase.prune for phase in pruning] == [
-        (group,) for _ in range(budget.rounds) for group in range(num_groups) for _ in range(num_parts)
-    ]
-    for first in range(0, len(pruning), num_parts):
-        parts = pruning[first : first + num_parts]
-        assert [bool(phase.grow) for phase in parts] == [True] + [False] * (num_parts - 1)
-        assert [phase.depth for phase in parts] == pytest.approx(
-            [1 - (1 - k / num_parts) ** 3 for k in range(1, num_parts + 1)]
-        )
-        assert parts[-1].stop - parts[0].start == budget.phase_steps
-
-
-def test_a_landing_needs_one_learning_rate() -> None:
-    with pytest.raises(UserError, match="needs one learning rate and one optimizer state"):
-        with_schedule(plan_of(3), "gap", Budget(2, 5, 3, lr="restart", landing=2))
-
-
 def test_replicas_grow_from_zero() -> None:
     with pytest.raises(UserError, match="weights of pgap grow from zero"):
         with_schedule(plan_of(3), "pgap", Budget(2, 5, 3, growth="saved"))
-
-
-@pytest.mark.parametrize(
-    ("method", "state", "lr"),
-    [
-        ("gap", "carry", "continue"),
-        ("rgap", "carry", "continue"),
-        ("pgap", "carry", "continue"),
-        ("oneshot", "reset", "restart"),
-        ("acdc", "reset", "continue"),
-    ],
-)
-def test_each_method_has_the_turnover_that_it_does_best_with(method: str, state: str, lr: str) -> None:
-    growing = [phase for phase in with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[1:] if phase.grow]
-    last = with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[-1]
-    assert {(phase.state, phase.lr) for phase in growing} <= {(state, lr)}
-    assert (last.state, last.lr) == (("carry", "continue") if method == "acdc" else (state, lr))
-
-
-@pytest.mark.parametrize("method", ["gap", "rgap", "pgap"])
-def test_the_restarts_of_the_paper_are_there_for_the_asking(method: str) -> None:
-    phases = with_schedule(plan_of(3), method, Budget(2, 5, 3, state="reset", lr="restart")).phases
-    assert {(phase.state, phase.lr) for phase in phases} == {("reset", "restart")}
 
 
 def test_set_drops_the_same_share_at_random_to_the_end() -> None:

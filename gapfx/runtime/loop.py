@@ -179,12 +179,13 @@ def _announce(run: PhaseRun, state: TrainState, changed_bits: int = 0) -> None:
 
 
 def _conclude(run: PhaseRun, state: TrainState, pruned: Mapping[str, PrunedWeight]) -> None:
-    """Audit, tell of it and of the prunes, evaluate and save (collective)."""
+    """Audit, tell of it and of the prunes, evaluate what was pruned to its target, and save (collective)."""
     run.emit("audit", state.step, **dataclasses.asdict(audit(state, run.plan)))
     if run.phase.prune:
         weights = {fqn: dataclasses.asdict(facts) for fqn, facts in pruned.items()}
         groups = _names(run.job.plan, run.phase.prune)
         run.emit("prune", state.step, groups=groups, weights=weights, explored=explored_share(state))
+    if run.phase.prune and not run.is_passing:
         evaluate_state(run, state)
     write_checkpoint(run, state)
     stop_if_owed(state)

@@ -97,10 +97,10 @@ class PhaseRun:
         return bool(following) and following[0].state == "reset"
 
     @property
-    def is_rewired_next(self) -> bool:
-        """Whether this phase ends because the next one drops and regrows."""
+    def is_passing(self) -> bool:
+        """Whether this phase ends on the way: the next one drops and regrows, or goes on from a part of a prune."""
         following = self.job.plan.phases[self.index + 1 :]
-        return bool(following) and following[0].drop > 0
+        return bool(following) and (following[0].drop > 0 or (self.phase.depth < 1 and not following[0].rewind))
 
     @property
     def saves(self) -> list[str]:
@@ -182,7 +182,7 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
             facts |= {"preparation_seconds": round(prepared, 4)} if prepared else {}
             run.emit("step", state.step, **facts, seconds=time.monotonic() - run.began)
         # Teams that train other replicas meanwhile take part, to hear of a stop.
-        is_due = (is_last and not run.is_rewired_next) or _is_due(state.step, pace.evaluate)
+        is_due = (is_last and not run.is_passing) or _is_due(state.step, pace.evaluate)
         if run.replica < run.team.count and is_due:
             state.owed = "trained"
             if not stop:

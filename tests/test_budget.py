@@ -1,0 +1,88 @@
+"""What a budget leaves to the method: the turnover of phases, and the prunes in which a group lands."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gapfx.errors import UserError
+from gapfx.plan import Group, Plan, Weight
+from gapfx.schedule import Budget, with_schedule
+
+
+def plan_of(num_groups: int) -> Plan:
+    return Plan(tuple(Group(f"g{i}", (Weight(f"layer{i}.weight", (4, 5), 0.8),)) for i in range(num_groups)))
+
+
+@pytest.mark.parametrize(
+    ("method", "state", "lr"),
+    [
+        ("gap", "carry", "continue"),
+        ("rgap", "carry", "continue"),
+        ("pgap", "carry", "continue"),
+        ("oneshot", "reset", "restart"),
+        ("acdc", "reset", "continue"),
+    ],
+)
+def test_each_method_has_the_turnover_that_it_does_best_with(method: str, state: str, lr: str) -> None:
+    growing = [phase for phase in with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[1:] if phase.grow]
+    last = with_schedule(plan_of(3), method, Budget(2, 5, 3)).phases[-1]
+    assert {(phase.state, phase.lr) for phase in growing} <= {(state, lr)}
+    assert (last.state, last.lr) == (("carry", "continue") if method == "acdc" else (state, lr))
+
+
+@pytest.mark.parametrize("method", ["gap", "rgap", "pgap"])
+def test_the_restarts_of_the_paper_are_there_for_the_asking(method: str) -> None:
+    phases = with_schedule(plan_of(3), method, Budget(2, 5, 3, state="reset", lr="restart")).phases
+    assert {(phase.state, phase.lr) for phase in phases} == {("reset", "restart")}
+
+
+@given(st.integers(1, 4), st.integers(1, 50), st.integers(1, 6), st.integers(1, 6))
+def test_a_landing_prunes_a_group_further_and_further_within_its_turn(
+    rounds: int, phase_steps: int, num_groups: int, landing: int
+) -> None:
+    budget = Budget(rounds, phase_steps, 3, landing=landing)
+    plan = with_schedule(plan_of(num_groups), "gap", budget)
+    plan.validate()
+    num_parts = min(landing, budget.phase_steps)
+    pruning = [phase for phase in plan.phases if phase.prune]
+    assert [phase.prune for phase in pruning] == [
+        (group,) for _ in range(budget.rounds) for group in range(num_groups) for _ in range(num_parts)
+    ]
+    for first in range(0, len(pruning), num_parts):
+        parts = pruning[first : first + num_parts]
+        assert [bool(phase.grow) for phase in parts] == [True] + [False] * (num_parts - 1)
+        assert [phase.depth for phase in parts] == pytest.approx(
+            [1 - (1 - k / num_parts) ** 3 for k in range(1, num_parts + 1)]
+        )
+        assert parts[-1].stop - parts[0].start == budget.phase_steps
+
+
+@pytest.mark.parametrize(("phase_steps", "num_prunes"), [(19, 1), (39, 1), (40, 2), (79, 3), (80, 4), (8000, 4)])
+def test_a_group_lands_in_four_prunes_of_twenty_steps_or_fewer(phase_steps: int, num_prunes: int) -> None:
+    phases = with_schedule(plan_of(1), "gap", Budget(1, phase_steps, 3)).phases
+    assert len([phase for phase in phases if phase.prune]) == num_prunes
+
+
+def test_a_group_lands_at_once_where_phases_restart() -> None:
+    assert len(with_schedule(plan_of(1), "gap", Budget(1, 500, 3, state="reset")).phases) == 2
+
+
+@pytest.mark.parametrize(("landing", "num_prunes"), [("auto", 1), (4, 4)])
+def test_a_pattern_of_a_fixed_sparsity_lands_at_once_unless_asked(
+    landing: int | Literal["auto"], num_prunes: int
+) -> None:
+    (group,) = plan_of(1).groups
+    weights = tuple(dataclasses.replace(weight, pattern="2:4", sparsity=0.5) for weight in group.weights)
+    plan = dataclasses.replace(plan_of(1), groups=(dataclasses.replace(group, weights=weights),))
+    phases = with_schedule(plan, "gap", Budget(1, 500, 3, landing=landing)).phases
+    assert len([phase for phase in phases if phase.prune]) == num_prunes
+
+
+def test_a_landing_needs_one_learning_rate() -> None:
+    with pytest.raises(UserError, match="needs one learning rate and one optimizer state"):
+        with_schedule(plan_of(3), "gap", Budget(2, 5, 3, lr="restart", landing=2))
