@@ -64,13 +64,13 @@ class Pace:
     """Time left, estimated from the last stretch of the run."""
 
     def __init__(self, num_steps: int, start_step: int, clock: Clock) -> None:
-        self._num_steps, self._clock = num_steps, clock
+        self._num_steps, self._clock, self._step = num_steps, clock, start_step
         self._samples = deque([(clock(), start_step)], maxlen=PACE_SAMPLES)
         self._seconds_between_samples = 0.0
 
     def update(self, step: int) -> None:
         """`step` steps are done now."""
-        now = self._clock()
+        now, self._step = self._clock(), step
         if now - self._samples[-1][0] >= self._seconds_between_samples and step > self._samples[-1][1]:
             self._samples.append((now, step))
             self._seconds_between_samples = (now - self._samples[0][0]) / PACE_SAMPLES
@@ -80,7 +80,7 @@ class Pace:
         (first, first_step), (last, last_step) = self._samples[0], self._samples[-1]
         if last_step == first_step:
             return None
-        return (last - first) / (last_step - first_step) * (self._num_steps - last_step)
+        return (last - first) / (last_step - first_step) * (self._num_steps - self._step)
 
 
 class SilentProgress:

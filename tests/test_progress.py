@@ -132,6 +132,15 @@ def test_time_left_counts_only_the_steps_since_a_resume() -> None:
     assert pace.seconds_left() == pytest.approx(90.0)
 
 
+def test_nothing_is_left_after_the_last_step_however_slow_or_uneven_steps_are() -> None:
+    clock = Clock()
+    pace = Pace(num_steps=1000, start_step=0, clock=clock)
+    for step in range(1, 1001):
+        clock.now += 10.0 if step < 999 else 0.1
+        pace.update(step)
+    assert pace.seconds_left() == 0
+
+
 def test_a_file_gets_lines_and_a_terminal_gets_a_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(open_progress(PLAN, start_step=0, stream=io.StringIO()), PlainProgress)
