@@ -118,6 +118,10 @@ def plan_command(
     rounds: flag.Rounds = None,
     phase_epochs: flag.PhaseEpochs = None,
     finetune_epochs: flag.FinetuneEpochs = None,
+    state: flag.State = None,
+    phase_lr: flag.PhaseLr = None,
+    growth: flag.Growth = None,
+    landing: flag.Landing = None,
     update_steps: flag.UpdateSteps = None,
     steps_per_epoch: flag.StepsPerEpoch = None,
     batch_size: flag.BatchSize = None,
@@ -151,16 +155,10 @@ def plan_command(
     from gapfx.commands import Source
     from gapfx.planning import Forecast, PlanFiles, show_plan
 
+    source, forecast = Source(task, entry, flags), Forecast(ranks, memory, device, on_meta)
+    files, as_is = PlanFiles(emit_graph, figure), {"show_passes": show_passes, "as_json": as_json}
     with _alone_on_stdout(as_json):
-        text = show_plan(
-            Source(task, entry, flags),
-            input_shapes,
-            plan,
-            files=PlanFiles(emit_graph, figure),
-            forecast=Forecast(ranks, memory, device, on_meta),
-            show_passes=show_passes,
-            as_json=as_json,
-        )
+        text = show_plan(source, input_shapes, plan, files=files, forecast=forecast, **as_is)
     typer.echo(text)
 
 

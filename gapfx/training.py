@@ -94,7 +94,6 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
     with returning_memory():
         compiled = compile_task(task, asked, feed, plan, request)
     plan = with_phases(compiled.plan, settings, feed)
-    check_prunes(plan)
     check_softening(plan, settings.zero)
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     optimizer_for(job.module, job.optimizer, job.engine)
@@ -260,10 +259,15 @@ def compile_options(settings: Settings) -> CompileOptions:
 def with_phases(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
     """The plan with the phase table of the settings; a plan that brings its own phases keeps them.
 
-    Without data an epoch has `--steps-per-epoch`, or 1,000.
+    Without data an epoch has `--steps-per-epoch`, or 1,000. Raises UserError for a table with prunes that a pattern or
+    the criterion cannot make.
     """
-    if plan.phases:
-        return plan
+    phased = plan if plan.phases else _phased(plan, settings, feed)
+    check_prunes(phased)
+    return phased
+
+
+def _phased(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
     epochs = settings.phase_epochs, settings.finetune_epochs
     length = feed.steps_per_epoch if feed else settings.steps_per_epoch or STEPS_WITHOUT_DATA
     phase_steps, finetune_steps = (round(number * length) for number in epochs)

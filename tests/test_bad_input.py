@@ -50,6 +50,8 @@ FLAG_MISTAKES = {
     "sparsity above 1": (("--sparsity", 1.2), "sparsity 1.2 is not in [0, 1)"),
     "unknown method": (("--method", "gapp"), "did you mean 'gap'? known: gap, rgap, pgap, dense,"),
     "gmp to a fixed pattern": (("--method", "gmp", "--pattern", "2:4"), "which cannot be reached step by step"),
+    "no prune at all": (("--landing", 0), "landing is 0, it must be at least 1"),
+    "landing with restarts": (("--landing", 2, "--state", "reset"), "needs one learning rate and one optimizer state"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),
     "auto pattern without kernels": (("--pattern", "auto", "--form", "masked"), "the pattern auto goes by the kernels"),

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from gapfx.cli import app
-from gapfx.plan import Plan
+from gapfx.plan import Phase, Plan
 from gapfx.settings import Settings
 from tests.runs import TASK, events, gapfx, summary, weights
 
@@ -66,6 +66,27 @@ def test_every_flag_of_a_setting_is_a_setting_of_the_same_name(command: str) -> 
 def test_plan_shows_groups_and_phases(golden: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]) -> None:
     assert gapfx("plan", TASK) == 0
     golden("cli_plan", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "phase"),
+    [
+        (("--landing", 2), {"depth": 0.875, "state": "carry", "lr": "continue"}),
+        (("--state", "reset", "--phase-lr", "restart"), {"depth": 1.0, "state": "reset", "lr": "restart"}),
+        (("--growth", "saved", "--landing", 1), {"depth": 1.0, "growth": "saved"}),
+    ],
+)
+def test_plan_shows_the_phases_that_a_run_with_the_same_flags_has(
+    flags: tuple[str | int, ...], phase: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gapfx("plan", TASK, "--json", *flags) == 0
+    first = json.loads(capsys.readouterr().out)["phases"][0]
+    assert {name: first.get(name, getattr(Phase, name)) for name in phase} == phase
+
+
+def test_plan_refuses_prunes_that_a_run_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gapfx("plan", TASK, "--pattern", "2:4", "--sparsity", 0.5, "--landing", 2) == 2
+    assert "which cannot be reached step by step" in capsys.readouterr().err
 
 
 def test_show_passes_prints_what_each_pass_changed(

@@ -204,7 +204,7 @@ def check_prunes(plan: Plan) -> None:
         if pattern.fixed_sparsity is not None and any(phase.depth < 1 for phase in plan.phases):
             raise UserError(
                 f"{weight.fqn} has the pattern {weight.pattern}, which cannot be reached step by step",
-                fix="take another --method, or --pattern unstructured",
+                fix="take --landing 1, another --method, or --pattern unstructured",
             )
         is_part_kept = pattern.fixed_sparsity is None and isinstance(pattern, SlicedPattern)
         if not is_part_kept and any(phase.drop for phase in plan.phases):
