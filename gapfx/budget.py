@@ -16,9 +16,6 @@ class Turnover(NamedTuple):
 
 
 RESTARTED, CONTINUED = Turnover("reset", "restart"), Turnover("carry", "continue")
-# A group that lands in four prunes ends as accurate as with one, for fewer operations (RESULTS.md, Landing). With
-# fewer steps between prunes it was not tried.
-LANDING, LANDING_STEPS = 4, 20
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Budget:
     what is best for the method, and `growth` what weights start from that grow again; `replicas` is the number of
     models that `pgap` trains side by side, 0 for one a group; `update_steps` lie between two updates of masks in `set`
     and `rigl`, whose phases those are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a
-    group goes back to its target, further each time, "auto" four with 20 steps or more each; `sparsity` is the target
-    of the whole plan; `is_trained` is for trained weights.
+    group goes back to its target, further each time; `sparsity` is the target of the whole plan; `is_trained` is for
+    trained weights.
     """
 
     rounds: int
@@ -42,19 +39,13 @@ class Budget:
     seed: int = 0
     growth: GrowthRule = "zero"
     lr: LrRule | Literal["auto"] = "auto"
-    landing: int | Literal["auto"] = "auto"
+    landing: int = 1
     sparsity: float = 0.0
     is_trained: bool = False
 
     def turnover(self, auto: Turnover) -> Turnover:
         """What happens where a growing phase begins, with `auto` for what is left to the method."""
         return Turnover(auto.state if self.state == "auto" else self.state, auto.lr if self.lr == "auto" else self.lr)
-
-    def prunes(self, turnover: Turnover) -> int:
-        """Prunes in which a group goes back to its target: one where phases restart, or are too short for more."""
-        if self.landing != "auto":
-            return min(self.landing, self.phase_steps)
-        return 1 if turnover != CONTINUED else max(1, min(LANDING, self.phase_steps // LANDING_STEPS))
 
 
 @dataclass(frozen=True)

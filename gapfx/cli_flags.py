@@ -119,13 +119,8 @@ Growth = Annotated[
     _setting("growth", "What grown weights start from: zero, or saved, the values before their prune.", SCHEDULE),
 ]
 Landing = Annotated[
-    str | None,
-    _setting(
-        "landing",
-        "Prunes in which a group of gap goes back to its target, further each time; auto is 4, fewer in phases of "
-        "under 80 steps, 1 where phases restart and for patterns of a fixed sparsity.",
-        SCHEDULE,
-    ),
+    int | None,
+    _setting("landing", "Prunes in which a group of gap goes back to its target, further each time.", SCHEDULE),
 ]
 RegrowWarmup = Annotated[
     int | None,

@@ -16,7 +16,6 @@ from gapfx.budget import CONTINUED, RESTARTED, Turnover
 from gapfx.budget import Budget as Budget
 from gapfx.budget import Schedule as Schedule
 from gapfx.errors import UserError
-from gapfx.pattern import parse_pattern
 from gapfx.plan import Phase, Plan, RegrowRule
 from gapfx.registry import Registry
 
@@ -51,7 +50,7 @@ def rgap(budget: Budget, num_groups: int) -> Schedule:
 def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
     """Each group grown alone, in the order given for each round; then a full fine-tune."""
     turnover = budget.turnover(CONTINUED)
-    if budget.prunes(turnover) > 1 and turnover != CONTINUED:
+    if budget.landing > 1 and turnover != CONTINUED:
         raise UserError(
             "a landing in several prunes needs one learning rate and one optimizer state",
             fix="leave out --phase-lr restart and --state reset, or give --landing 1",
@@ -63,7 +62,7 @@ def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
 
 def _turn(budget: Budget, turnover: Turnover, index: int, turn: int, group: int) -> Iterator[Phase]:
     """One group from its growth to its prune, which may take several, further and further as in `gmp`."""
-    first, num_parts = index * budget.phase_steps, budget.prunes(turnover)
+    first, num_parts = index * budget.phase_steps, min(budget.landing, budget.phase_steps)
     bounds = [first + budget.phase_steps * part // num_parts for part in range(num_parts + 1)]
     for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
         yield Phase(
@@ -307,16 +306,14 @@ def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
         or budget.phase_steps < 1
         or budget.finetune_steps < 0
         or budget.update_steps < 1
-        or (budget.landing != "auto" and budget.landing < 1)
+        or budget.landing < 1
     ):
         raise UserError(
             f"no schedule of {budget.rounds} rounds, {budget.phase_steps} steps a phase, "
             f"{budget.finetune_steps} steps of fine-tuning",
             fix="--rounds, --phase-epochs and --update-steps must be positive, --finetune-epochs zero or more",
         )
-    is_fixed = any(parse_pattern(weight.pattern).fixed_sparsity is not None for weight in plan.weights())
-    landing = 1 if is_fixed and budget.landing == "auto" else budget.landing
-    schedule = maker(dataclasses.replace(budget, sparsity=plan.sparsity, landing=landing), len(plan.groups))
+    schedule = maker(dataclasses.replace(budget, sparsity=plan.sparsity), len(plan.groups))
     return dataclasses.replace(plan, method=method, phases=schedule.phases, start_masks=schedule.start_masks)
 
 

@@ -42,7 +42,7 @@ class Settings:
     regrow_warmup: int = 0
     phase_lr: Literal["auto", "restart", "continue"] = "auto"
     growth: Literal["zero", "saved"] = "zero"
-    landing: int | Literal["auto"] = "auto"
+    landing: int = 1
     update_steps: int = 100
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1

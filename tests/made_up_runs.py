@@ -31,7 +31,7 @@ def make_plan(method: str = "gap", num_groups: int = 4, per_group: int = 2, budg
     )
     dense = (DenseWeight("embed.weight", (1000, 32), "read by an embedding"),)
     plan = Plan(groups, dense, method=method, sparsity=0.0 if method == "dense" else 0.9, partition="blocks")
-    return with_schedule(plan, method, budget or Budget(rounds=2, phase_steps=50, finetune_steps=100, landing=1))
+    return with_schedule(plan, method, budget or Budget(rounds=2, phase_steps=50, finetune_steps=100))
 
 
 def kept_of(weight: Weight) -> int:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "ops": "errors masks kernels",
     "io": "errors plan typed_json masks ops",
     "budget": "plan",
-    "schedule": "errors registry plan pattern budget",
+    "schedule": "errors registry plan budget",
     "doctor": "errors kernels",
     "calibration": "errors plan pattern masks kernels ops doctor",
     "capture": "errors",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -60,27 +58,6 @@ def test_a_landing_prunes_a_group_further_and_further_within_its_turn(
             [1 - (1 - k / num_parts) ** 3 for k in range(1, num_parts + 1)]
         )
         assert parts[-1].stop - parts[0].start == budget.phase_steps
-
-
-@pytest.mark.parametrize(("phase_steps", "num_prunes"), [(19, 1), (39, 1), (40, 2), (79, 3), (80, 4), (8000, 4)])
-def test_a_group_lands_in_four_prunes_of_twenty_steps_or_fewer(phase_steps: int, num_prunes: int) -> None:
-    phases = with_schedule(plan_of(1), "gap", Budget(1, phase_steps, 3)).phases
-    assert len([phase for phase in phases if phase.prune]) == num_prunes
-
-
-def test_a_group_lands_at_once_where_phases_restart() -> None:
-    assert len(with_schedule(plan_of(1), "gap", Budget(1, 500, 3, state="reset")).phases) == 2
-
-
-@pytest.mark.parametrize(("landing", "num_prunes"), [("auto", 1), (4, 4)])
-def test_a_pattern_of_a_fixed_sparsity_lands_at_once_unless_asked(
-    landing: int | Literal["auto"], num_prunes: int
-) -> None:
-    (group,) = plan_of(1).groups
-    weights = tuple(dataclasses.replace(weight, pattern="2:4", sparsity=0.5) for weight in group.weights)
-    plan = dataclasses.replace(plan_of(1), groups=(dataclasses.replace(group, weights=weights),))
-    phases = with_schedule(plan, "gap", Budget(1, 500, 3, landing=landing)).phases
-    assert len([phase for phase in phases if phase.prune]) == num_prunes
 
 
 def test_a_landing_needs_one_learning_rate() -> None:

@@ -73,7 +73,7 @@ def test_plan_shows_groups_and_phases(golden: Callable[[str, str], None], capsys
     [
         (("--landing", 2), {"depth": 0.875, "state": "carry", "lr": "continue"}),
         (("--state", "reset", "--phase-lr", "restart"), {"depth": 1.0, "state": "reset", "lr": "restart"}),
-        (("--growth", "saved", "--landing", 1), {"depth": 1.0, "growth": "saved"}),
+        (("--growth", "saved"), {"depth": 1.0, "growth": "saved"}),
     ],
 )
 def test_plan_shows_the_phases_that_a_run_with_the_same_flags_has(

@@ -53,7 +53,7 @@ def test_one_budget_is_the_same_number_of_steps_for_all_methods(budget: Budget, 
 def test_gap_has_one_group_dense_at_a_time_and_each_once_a_round_in_cyclic_order(
     budget: Budget, num_groups: int, has_finetune: bool
 ) -> None:
-    budget = dataclasses.replace(budget, landing=1, finetune_steps=budget.finetune_steps if has_finetune else 0)
+    budget = budget if has_finetune else dataclasses.replace(budget, finetune_steps=0)
     phases = with_schedule(plan_of(num_groups), "gap", budget).phases
     growing = [phase for phase in phases if phase.grow]
     assert [phase.grow for phase in growing] == [(group,) for group in range(num_groups)] * budget.rounds
