@@ -156,9 +156,11 @@ def plan_command(
     from gapfx.planning import Forecast, PlanFiles, show_plan
 
     source, forecast = Source(task, entry, flags), Forecast(ranks, memory, device, on_meta)
-    files, as_is = PlanFiles(emit_graph, figure), {"show_passes": show_passes, "as_json": as_json}
+    files = PlanFiles(emit_graph, figure)
     with _alone_on_stdout(as_json):
-        text = show_plan(source, input_shapes, plan, files=files, forecast=forecast, **as_is)
+        text = show_plan(
+            source, input_shapes, plan, files=files, forecast=forecast, show_passes=show_passes, as_json=as_json
+        )
     typer.echo(text)
 
 
