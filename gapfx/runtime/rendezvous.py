@@ -1,4 +1,6 @@
-"""How ranks that torchrun has started again find each other, and not those that are gone.
+"""How ranks find each other: a process alone in its own memory, ranks that torchrun has started again by a fresh name.
+
+A process alone needs no port, and so none that another program could have taken since it was found free.
 
 torchrun keeps one store over all restarts of its ranks. The addresses that the lost ranks wrote there are still in it,
 and a new rank that asks before its peer has written anew tries to reach a process that is no more. So the ranks of each
@@ -47,7 +49,7 @@ class Store(Protocol):
 
 def init_method() -> str | None:
     """How torch shall join the process group; None for its own way, by the environment."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _is_alone() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     _register()
     return f"{_SCHEME}://"
@@ -61,12 +63,19 @@ def is_restarted() -> bool:
     return any(Peers.all().tell(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0))
 
 
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE") == "1"
+
+
 @cache
 def _register() -> None:
     _DISTRIBUTED.register_rendezvous_handler(_SCHEME, _rendezvous)
 
 
 def _rendezvous(url: str, **options: Any) -> Iterator[tuple[Store, int, int]]:
+    if _is_alone():
+        yield _DISTRIBUTED.HashStore(), 0, 1
+        raise RuntimeError("a process group is joined once")
     store, rank, size = next(iter(_DISTRIBUTED.rendezvous("env://", **options)))
     yield fresh_store(store, rank, size), rank, size
     raise RuntimeError("a process group is joined once")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ BIN = Path(sys.executable).parent
 GRACE_SECONDS = 30
 DIES_ONCE = """
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from tests.tasks.classify import *
 from tests.tasks.classify import loss as plain_loss
@@ -66,10 +68,13 @@ def ended(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, out[-3000:]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A free port, kept from everyone but a rank that listens on it."""
+    with socket.socket() as reservation:
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reservation.bind(("127.0.0.1", 0))
+        yield reservation.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +91,14 @@ def test_torchrun_gives_the_same_bits(two_ranks: Path, tmp_path: Path) -> None:
     assert_same_bits(two_ranks, tmp_path / "run")
 
 
-def test_the_deepspeed_launcher_gives_the_same_bits(two_ranks: Path, tmp_path: Path) -> None:
-    deepspeed = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "gapfx")
+def test_the_deepspeed_launcher_gives_the_same_bits(two_ranks: Path, tmp_path: Path, port: int) -> None:
+    deepspeed = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", port, "--module", "gapfx")
     ended(launched(*deepspeed, "sparsify", TASK, "--out", tmp_path / "run"))
     assert_same_bits(two_ranks, tmp_path / "run")
 
 
-def test_two_nodes_give_the_same_bits(two_ranks: Path, tmp_path: Path) -> None:
-    common = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", free_port())
+def test_two_nodes_give_the_same_bits(two_ranks: Path, tmp_path: Path, port: int) -> None:
+    common = ("--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port)
     nodes = [
         launched(
             *(BIN / "torchrun", *common, "--node_rank", node),

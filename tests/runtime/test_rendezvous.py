@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,6 +18,16 @@ from gapfx.runtime.rendezvous import Store, fresh_store, init_method
 
 SIZE = 3
 TCP_STORE: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+ALONE = """
+import torch
+from gapfx.runtime.engine import process_group
+with process_group():
+    total = torch.ones(2)
+    torch.distributed.all_reduce(total)
+    torch.distributed.new_group([0])
+    assert torch.distributed.get_world_size() == 1 and total.tolist() == [1, 1]
+"""
 
 
 def a_store() -> Any:
@@ -55,6 +69,17 @@ def test_a_greeting_of_a_lost_rank_holds_nobody_up() -> None:
 
 def test_without_torchrun_torch_joins_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert init_method() is None
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert [init_method(), init_method()] == ["gapfx://"] * 2
+
+
+def test_a_process_alone_needs_no_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        port = {"MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run([sys.executable, "-c", ALONE], env={**os.environ, **alone, **port}, check=False)
+    assert done.returncode == 0
