@@ -7,12 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapfx.errors import UserError
-from gapfx.plan import Group, Plan, Weight
 from gapfx.schedule import Budget, with_schedule
-
-
-def plan_of(num_groups: int) -> Plan:
-    return Plan(tuple(Group(f"g{i}", (Weight(f"layer{i}.weight", (4, 5), 0.8),)) for i in range(num_groups)))
+from tests.made_up_plans import plan_of
 
 
 @pytest.mark.parametrize(

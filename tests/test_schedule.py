@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gapfx.errors import PlanError, UserError
-from gapfx.plan import Group, Phase, Plan, Weight
+from gapfx.plan import Phase, Plan
 from gapfx.schedule import SCHEDULES, Budget, phase_at, with_schedule
 from gapfx.text import format_phases
+from tests.made_up_plans import plan_of
 
 BUDGETS = st.builds(
     Budget,
@@ -23,10 +24,6 @@ BUDGETS = st.builds(
     finetune_steps=st.integers(1, 60),
     state=st.sampled_from(["reset", "carry"]),
 )
-
-
-def plan_of(num_groups: int) -> Plan:
-    return Plan(tuple(Group(f"g{i}", (Weight(f"layer{i}.weight", (4, 5), 0.8),)) for i in range(num_groups)))
 
 
 @given(BUDGETS, st.integers(1, 6), st.sampled_from(list(SCHEDULES)))
