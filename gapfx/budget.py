@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gapfx.plan import GrowthRule, LrRule, Phase, StateRule
+from gapfx.registry import Registry
 
 
 class Turnover(NamedTuple):
@@ -43,6 +45,21 @@ class Budget:
     sparsity: float = 0.0
     is_trained: bool = False
 
+    def growing_steps(self, num_groups: int) -> int:
+        """Steps before the fine-tune."""
+        return self.rounds * num_groups * self.phase_steps
+
+    def total_steps(self, num_groups: int) -> int:
+        """Steps of the run."""
+        return self.growing_steps(num_groups) + self.finetune_steps
+
+    def finetune(self, start: int, turnover: Turnover) -> tuple[Phase, ...]:
+        """The last phase, with all masks fixed, where there are steps for one."""
+        if not self.finetune_steps:
+            return ()
+        stop = start + self.finetune_steps
+        return (Phase("fine-tune", start, stop, round=self.rounds, state=turnover.state, lr=turnover.lr),)
+
     def turnover(self, auto: Turnover) -> Turnover:
         """What happens where a growing phase begins, with `auto` for what is left to the method."""
         return Turnover(auto.state if self.state == "auto" else self.state, auto.lr if self.lr == "auto" else self.lr)
@@ -54,3 +71,7 @@ class Schedule:
 
     phases: tuple[Phase, ...]
     start_masks: str = "random"
+
+
+ScheduleMaker = Callable[[Budget, int], Schedule]
+SCHEDULES: Registry[ScheduleMaker] = Registry("method")

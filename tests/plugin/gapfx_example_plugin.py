@@ -23,7 +23,8 @@ from gapfx.criterion import CRITERIA
 from gapfx.errors import TaskError, UserError
 from gapfx.passes.partition import Partition
 from gapfx.pattern import PATTERNS, kept_count, top_mask
-from gapfx.schedule import SCHEDULES, Budget, Schedule, gap
+from gapfx.schedule import SCHEDULES, Budget, Schedule
+from gapfx.schedules import gap
 from gapfx.task import TASK_FORMATS
 
 
