@@ -28,8 +28,9 @@ class Budget:
     what is best for the method, and `growth` what weights start from that grow again; `replicas` is the number of
     models that `pgap` trains side by side, 0 for one a group; `update_steps` lie between two updates of masks in `set`
     and `rigl`, whose phases those are; `seed` draws what a schedule draws; `landing` is the number of prunes in which a
-    group goes back to its target, further each time; `sparsity` is the target of the whole plan; `is_trained` is for
-    trained weights.
+    group goes back to its target, further each time; `exchange` is the share of live weights that the sparse groups of
+    `gap` drop and regrow where another one grows, at first; `sparsity` is the target of the whole plan; `is_trained` is
+    for trained weights.
     """
 
     rounds: int
@@ -42,6 +43,7 @@ class Budget:
     growth: GrowthRule = "zero"
     lr: LrRule | Literal["auto"] = "auto"
     landing: int = 1
+    exchange: float = 0.0
     sparsity: float = 0.0
     is_trained: bool = False
 

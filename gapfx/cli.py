@@ -66,6 +66,7 @@ def sparsify(
     phase_lr: flag.PhaseLr = None,
     growth: flag.Growth = None,
     landing: flag.Landing = None,
+    exchange: flag.Exchange = None,
     regrow_warmup: flag.RegrowWarmup = None,
     dtype: flag.Dtype = None,
     zero: flag.Zero = None,
@@ -95,10 +96,9 @@ def sparsify(
 
     Defaults are gapfx's own; `defaults` of the task file win over them, and flags over both.
     """
-    flags = _given(locals(), "task", "out", "plan", "show_passes", "entry", "resume", "force", "debug")
     from gapfx.commands import Source, train_task
 
-    source = Source(task, entry, flags)
+    source = Source(task, entry, _given(locals()))
     raise typer.Exit(train_task(source, out, plan, show_passes=show_passes, resume=resume, force=force))
 
 
@@ -122,6 +122,7 @@ def plan_command(
     phase_lr: flag.PhaseLr = None,
     growth: flag.Growth = None,
     landing: flag.Landing = None,
+    exchange: flag.Exchange = None,
     update_steps: flag.UpdateSteps = None,
     steps_per_epoch: flag.StepsPerEpoch = None,
     batch_size: flag.BatchSize = None,
@@ -150,17 +151,13 @@ def plan_command(
 
     Also what stays dense and why, and which kernels are faster here. The defaults are those of sparsify.
     """
-    outside = ("task", "plan", "show_passes", "entry", "input_shapes", "as_json", "debug", "ranks", "memory", "device")
-    flags = _given(locals(), *outside, "on_meta", "emit_graph", "figure", "outside")
     from gapfx.commands import Source
     from gapfx.planning import Forecast, PlanFiles, show_plan
 
-    source, forecast = Source(task, entry, flags), Forecast(ranks, memory, device, on_meta)
-    files = PlanFiles(emit_graph, figure)
+    source, asked = Source(task, entry, _given(locals())), Forecast(ranks, memory, device, on_meta)
     with _alone_on_stdout(as_json):
-        text = show_plan(
-            source, input_shapes, plan, files=files, forecast=forecast, show_passes=show_passes, as_json=as_json
-        )
+        files = PlanFiles(emit_graph, figure)
+        text = show_plan(source, input_shapes, plan, files, asked, show_passes=show_passes, as_json=as_json)
     typer.echo(text)
 
 
@@ -186,11 +183,10 @@ def bench(
 
     Of a task: training steps, by its settings and these flags. Of a run: inference, as gapfx.load gives it.
     """
-    flags = _given(locals(), "task", "threads", "seconds", "with_compile", "entry", "as_json", "debug")
     from gapfx.commands import Source, show_bench
 
     with _alone_on_stdout(as_json):
-        source = Source(task, entry, flags)
+        source = Source(task, entry, _given(locals()))
         text, is_stopped = show_bench(source, threads, seconds, with_compile=with_compile, as_json=as_json)
     typer.echo(text)
     raise typer.Exit(INTERRUPTED_CODE if is_stopped else 0)
@@ -266,9 +262,9 @@ def _alone_on_stdout(as_json: bool) -> contextlib.AbstractContextManager[object]
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
-def _given(values: dict[str, Any], *outside: str) -> dict[str, Any]:
-    """The flags that name settings."""
-    return {name: value for name, value in values.items() if name not in outside}
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags that name settings, of the local names of a command."""
+    return {name: value for name, value in values.items() if name in flag.SETTING_NAMES}
 
 
 def main(argv: list[str] | None = None) -> int:

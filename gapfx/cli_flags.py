@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ SPARSE, SCHEDULE, TRAINING, MACHINE, RUN = (
 )
 FORECAST = "What a run would take"
 OUTPUT = "What is shown"
+SETTING_NAMES = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
 def _setting(name: str, words: str, panel: str, *names: str) -> Any:
@@ -121,6 +123,12 @@ Growth = Annotated[
 Landing = Annotated[
     int | None,
     _setting("landing", "Prunes in which a group of gap goes back to its target, further each time.", SCHEDULE),
+]
+Exchange = Annotated[
+    float | None,
+    _setting(
+        "exchange", "Share of live weights that sparse groups of gap exchange where another grows; it falls.", SCHEDULE
+    ),
 ]
 RegrowWarmup = Annotated[
     int | None,

@@ -75,12 +75,21 @@ class RankBytes:
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """One phase: live share of the planned weights, bytes of a rank, bytes that a rank receives and sends in a step."""
+    """One phase: live share of the planned weights, bytes of a rank, bytes that a rank receives and sends in a step.
+
+    `scoring` is what a rank holds while gradients of a dense group are taken before the first step, 0 where none are.
+    """
 
     phase: Phase
     live: float
     rank: RankBytes
     traffic: float
+    scoring: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the model state where it is largest."""
+        return max(self.rank.state, self.scoring)
 
 
 def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
@@ -91,7 +100,8 @@ def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
         live = max(sum(n * s for n, s in zip(numels, shares, strict=True)) for shares in replicas)
         count = (live if setup.is_compact else sizes.planned) + sizes.rest
         rank = _rank_bytes(count, sizes, setup)
-        yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, sizes, setup))
+        scoring = _scoring_bytes(plan, phase, replicas[0], sizes, setup)
+        yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, sizes, setup), scoring)
 
 
 def check_setup(setup: Setup) -> None:
@@ -117,6 +127,27 @@ def _rank_bytes(count: float, sizes: Sizes, setup: Setup) -> RankBytes:
     )
 
 
+def _scoring_bytes(plan: Plan, phase: Phase, shares: Sequence[float], sizes: Sizes, setup: Setup) -> float:
+    """One group dense in an engine without moments, its gradients, and the rank's own part of the state beside them."""
+    if not phase.drop or phase.regrow != "gradient":
+        return 0.0
+    lives = [
+        sum(weight.numel * (1 - weight.sparsity) for weight in group.weights)
+        if index in phase.grow
+        else group.numel * share
+        for index, (group, share) in enumerate(zip(plan.groups, shares, strict=True))
+    ]
+    scored = [index for index in range(len(lives)) if index not in phase.grow]
+    held = sum(lives) + sizes.rest
+    found = [0.0]
+    for index in scored:
+        numel = plan.groups[index].numel
+        count = held - lives[index] + numel if setup.is_compact else sizes.planned + sizes.rest
+        engine = _rank_bytes(count, sizes, dataclasses.replace(setup, moments=0))
+        found.append(engine.state + _FP32 * ((1 + setup.moments) * held + numel) / setup.ranks)
+    return max(found)
+
+
 def _traffic(count: float, sizes: Sizes, setup: Setup) -> float:
     """By ring collectives: each gathers or scatters (N - 1) / N of what it is about.
 
@@ -134,7 +165,7 @@ def smallest_ranks(plan: Plan, sizes: Sizes, setup: Setup, memory: float, most: 
     ranks = 1
     while ranks <= most:
         tried = dataclasses.replace(setup, ranks=ranks)
-        if max(e.rank.state + e.rank.densified for e in estimate(plan, sizes, tried)) <= memory:
+        if max(max(e.rank.state + e.rank.densified, e.scoring) for e in estimate(plan, sizes, tried)) <= memory:
             return ranks
         ranks *= 2
     return None

@@ -98,7 +98,8 @@ def _parts(
 
 def _phase_table(estimates: Sequence[PhaseEstimate]) -> str:
     kinds = ["values", "masks", "gradients", "masters", "moments", "buckets"]
-    head = ["phase", "live", *kinds, "state", "densified", "traffic"]
+    has_scoring = any(each.scoring for each in estimates)
+    head = ["phase", "live", *kinds, "state", "densified", "traffic", *["scoring before"] * has_scoring]
     rows = [
         [
             each.phase.name,
@@ -107,6 +108,7 @@ def _phase_table(estimates: Sequence[PhaseEstimate]) -> str:
             format_bytes(each.rank.state),
             format_bytes(each.rank.densified),
             format_bytes(each.traffic),
+            *([format_bytes(each.scoring) if each.scoring else "-"] if has_scoring else []),
         ]
         for each in _unlike(estimates)
     ]
@@ -117,7 +119,7 @@ def _unlike(estimates: Sequence[PhaseEstimate]) -> Iterator[PhaseEstimate]:
     """Without those that are like an earlier one but for the round."""
     seen: set[tuple[object, ...]] = set()
     for each in estimates:
-        key = (each.phase.grow, round(each.live, 6), each.rank)
+        key = (each.phase.grow, round(each.live, 6), each.rank, each.scoring)
         if key not in seen:
             seen.add(key)
             yield each
@@ -139,13 +141,10 @@ def _rank_table(plan: Plan, sizes: Sizes, setups: Sequence[Setup]) -> str:
     rows: list[list[str]] = []
     for setup in setups:
         sparse = list(estimate(plan, sizes, setup))
-        peak, dense = (
-            max(sparse, key=_state),
-            dense_estimate(plan, sizes, setup),
-        )
-        ratio = peak.rank.state / dense.rank.state
+        peak, dense = max(each.peak for each in sparse), dense_estimate(plan, sizes, setup)
+        ratio = peak / dense.rank.state
         sent = max(each.traffic for each in sparse)
-        states = [format_bytes(peak.rank.state), format_bytes(dense.rank.state)]
+        states = [format_bytes(peak), format_bytes(dense.rank.state)]
         rows.append([str(setup.ranks), *states, f"{ratio:.2f}", format_bytes(sent), format_bytes(dense.traffic)])
     return table_text(head, rows, right=set(range(1, len(head))))
 
@@ -154,10 +153,6 @@ def _activation_line(setups: Sequence[Setup], activations: Activations) -> str:
     """Sparse or dense they are the same: a layer keeps its input, whatever its weight is."""
     told = ", ".join(f"{format_bytes(activations.of_rank(each.ranks))} on {each.ranks:,}" for each in setups)
     return f"activations of a micro-batch, beside the state, as this device keeps them for the backward: {told} ranks\n"
-
-
-def _state(each: PhaseEstimate) -> float:
-    return each.rank.state
 
 
 def _what_fits(plan: Plan, sizes: Sizes, setup: Setup, memory: float) -> str:

@@ -69,9 +69,9 @@ def show_plan(
     source: Source,
     input_shapes: str,
     plan: Path | None,
-    *,
     files: PlanFiles,
     forecast: Forecast,
+    *,
     show_passes: bool,
     as_json: bool,
 ) -> str:

@@ -35,6 +35,10 @@ def with_schedule(plan: Plan, method: str, budget: Budget) -> Plan:
             f"{budget.finetune_steps} steps of fine-tuning",
             fix="--rounds, --phase-epochs and --update-steps must be positive, --finetune-epochs zero or more",
         )
+    if not 0 <= budget.exchange < 1:
+        raise UserError(
+            f"an exchange of {budget.exchange} of the live weights", fix="give --exchange of 0 or more, below 1"
+        )
     schedule = maker(dataclasses.replace(budget, sparsity=plan.sparsity), len(plan.groups))
     return dataclasses.replace(plan, method=method, phases=schedule.phases, start_masks=schedule.start_masks)
 

@@ -43,6 +43,7 @@ class Settings:
     phase_lr: Literal["auto", "restart", "continue"] = "auto"
     growth: Literal["zero", "saved"] = "zero"
     landing: int = 1
+    exchange: float = 0.0
     update_steps: int = 100
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero: int = 1
@@ -65,6 +66,11 @@ class Settings:
             raise UserError(
                 f"sparsity {self.sparsity} is not in [0, 1)",
                 fix="sparsity is the share of zeros: 0.9 keeps one weight in ten",
+            )
+        if not 0 <= self.exchange < 1:
+            raise UserError(
+                f"exchange {self.exchange} is not in [0, 1)",
+                fix="it is a share of the live weights: 0.3, or 0 for none",
             )
         for name, low in _LOWEST.items():
             value = getattr(self, name)

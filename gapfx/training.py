@@ -272,11 +272,11 @@ def _phased(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
     length = feed.steps_per_epoch if feed else settings.steps_per_epoch or STEPS_WITHOUT_DATA
     phase_steps, finetune_steps = (round(number * length) for number in epochs)
     fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
-    is_trained = bool(settings.init)
-    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, settings.landing, is_trained=is_trained)
+    fixed += settings.landing, settings.exchange
+    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, is_trained=bool(settings.init))
     made = with_schedule(plan, settings.method, budget)
     # Weights that were trained already are worth more than chance.
-    is_chance = is_trained and made.start_masks == "random"
+    is_chance = budget.is_trained and made.start_masks == "random"
     return dataclasses.replace(made, start_masks=settings.criterion) if is_chance else made
 
 

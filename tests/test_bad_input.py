@@ -52,6 +52,8 @@ FLAG_MISTAKES = {
     "gmp to a fixed pattern": (("--method", "gmp", "--pattern", "2:4"), "which cannot be reached step by step"),
     "no prune at all": (("--landing", 0), "landing is 0, it must be at least 1"),
     "landing with restarts": (("--landing", 2, "--state", "reset"), "needs one learning rate and one optimizer state"),
+    "exchange of all": (("--exchange", 1), "exchange 1.0 is not in [0, 1)"),
+    "exchange to a fixed pattern": (("--exchange", 0.3, "--pattern", "2:4"), "of which no share can be dropped"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),
     "auto pattern without kernels": (("--pattern", "auto", "--form", "masked"), "the pattern auto goes by the kernels"),

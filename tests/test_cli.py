@@ -73,6 +73,7 @@ def test_plan_shows_groups_and_phases(golden: Callable[[str, str], None], capsys
     [
         (("--landing", 2), {"depth": 0.875, "state": "carry", "lr": "continue"}),
         (("--state", "reset", "--phase-lr", "restart"), {"depth": 1.0, "state": "reset", "lr": "restart"}),
+        (("--exchange", 0.3), {"depth": 1.0, "drop": 0.0, "state": "carry"}),
         (("--growth", "saved"), {"depth": 1.0, "growth": "saved"}),
     ],
 )

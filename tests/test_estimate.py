@@ -60,6 +60,28 @@ def test_the_form_masked_and_dense_training_hold_all_weights() -> None:
     assert dense.live == 1
 
 
+def test_an_exchange_by_the_gradient_holds_one_sparse_group_dense_before_it() -> None:
+    plan = with_schedule(PLAN, "gap", Budget(1, 10, 20, exchange=0.3))
+    first, second, last = estimate(plan, SIZES, Setup())
+    held, count, masks = 3_200 + 8_000, 1_600 + 16_000 + 8_000, 4_000 + 2 * 4_000
+    assert second.scoring == pytest.approx(3 * 4 * count + masks + 4 * (3 * held + 16_000))
+    assert (first.scoring, last.scoring, first.peak) == (0, 0, first.rank.state)
+    assert second.peak == max(second.rank.state, second.scoring)
+    in_form_masked = list(estimate(plan, SIZES, Setup(is_compact=False)))[1]
+    assert in_form_masked.scoring == pytest.approx(3 * 4 * 40_000 + masks + 4 * (3 * held + 16_000))
+
+
+def test_rigl_needs_the_memory_of_its_updates_and_set_does_not() -> None:
+    peaks = {
+        method: max(
+            each.peak
+            for each in estimate(with_schedule(PLAN, method, Budget(1, 10, 20, update_steps=5)), SIZES, Setup())
+        )
+        for method in ("static", "set", "rigl")
+    }
+    assert peaks["static"] == peaks["set"] < peaks["rigl"] < dense_estimate(PLAN, SIZES, Setup()).peak
+
+
 def test_the_fewest_ranks_that_hold_the_state() -> None:
     setup = Setup(zero=3)
     need = max(

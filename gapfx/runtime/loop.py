@@ -67,7 +67,9 @@ def _start_gradients(job: Job, state: TrainState) -> dict[str, Tensor]:
     if not isinstance(CRITERIA[job.plan.start_masks], ByGradient):
         return {}
     return dense_gradients(
-        PhaseRun(job, skeleton_of(job.module), 0, job.plan.phases[0], time.monotonic(), all_in_one_team()), state
+        PhaseRun(job, skeleton_of(job.module), 0, job.plan.phases[0], time.monotonic(), all_in_one_team()),
+        state,
+        range(len(job.plan.groups)),
     )
 
 
@@ -123,7 +125,7 @@ def prune_phase(run: PhaseRun, state: TrainState) -> dict[str, PrunedWeight]:
 def _gradients(run: PhaseRun, state: TrainState) -> dict[str, Tensor]:
     """Those that the prune at the phase's end asks for (collective)."""
     is_asked = run.phase.prune and isinstance(CRITERIA[run.plan.criterion], ByGradient)
-    return dense_gradients(run, state) if is_asked else {}
+    return dense_gradients(run, state, run.phase.prune) if is_asked else {}
 
 
 def _run_replicas(run: PhaseRun, state: TrainState) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapfx.criterion import CRITERIA
-from gapfx.masks import count_kept, unpack
+from gapfx.masks import count_kept, pack, unpack
 from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Weight
 from gapfx.runtime.gradients import dense_gradients
@@ -26,29 +26,43 @@ def rewire(run: PhaseRun, state: TrainState) -> int:
     Of each weight as many stay live as were. What is dropped may come back at once, and keeps its value then, as in the
     code of RigL's authors; all other regrown weights start at 0, without moments.
     """
-    plan, phase, changed = run.job.plan, run.phase, 0
-    gradients = dense_gradients(run, state) if phase.regrow == "gradient" else None
-    group_of = plan.group_of()
-    for index, weight in enumerate(plan.weights()):
-        if group_of[weight.fqn] in phase.grow:
-            continue
-        draw = generator(run.job.seed, state.step, index)
+    fresh: dict[str, Tensor] = {}
+    for number in range(len(run.job.plan.groups)):
+        if number not in run.phase.grow:
+            fresh |= _fresh_masks(run, state, number)
+    return sum(_exchange(state, fqn, bits) for fqn, bits in fresh.items())
+
+
+def _fresh_masks(run: PhaseRun, state: TrainState, number: int) -> dict[str, Tensor]:
+    """Packed masks that the weights of a group shall have; the state stays as it is, to score every group alike.
+
+    Group by group, so that gradients of dense weights take no more memory than a phase in which the group grows.
+    """
+    gradients = dense_gradients(run, state, [number]) if run.phase.regrow == "gradient" else None
+    order = {weight.fqn: index for index, weight in enumerate(run.job.plan.weights())}
+    fresh: dict[str, Tensor] = {}
+    for weight in run.job.plan.groups[number].weights:
+        draw = generator(run.job.seed, state.step, order[weight.fqn])
         score = gradients[weight.fqn].abs() if gradients else _random_score(state, weight, draw)
-        changed += _rewire(state, weight, phase.drop, score)
-    return changed
+        fresh[weight.fqn] = pack(_rewired(state, weight, run.phase.drop, score))
+    return fresh
 
 
-def _rewire(state: TrainState, weight: Weight, drop: float, score: Tensor) -> int:
-    fqn, num_live = weight.fqn, state.num_live(weight.fqn)
-    before = state.bits[fqn]
-    is_live = unpack(before, score.shape)
-    magnitude = dense_slice(state, state.weights, fqn).abs().masked_fill(~is_live, -1)
+def _rewired(state: TrainState, weight: Weight, drop: float, score: Tensor) -> Tensor:
+    """Flat mask of this rank's slice (collective)."""
+    num_live = state.num_live(weight.fqn)
+    is_live = unpack(state.bits[weight.fqn], score.shape)
+    magnitude = dense_slice(state, state.weights, weight.fqn).abs().masked_fill(~is_live, -1)
     kept = _highest(state, weight, magnitude, num_live - math.floor(drop * num_live))
-    above = (
-        math.inf if score.is_floating_point() else weight.numel
-    )  # above every place in the order; blocks add them up
-    set_mask(state, fqn, _highest(state, weight, score.masked_fill(kept, above), num_live))
-    own = state.sparse_bits[fqn]
+    # Above every place in the order; blocks add them up.
+    above = math.inf if score.is_floating_point() else weight.numel
+    return _highest(state, weight, score.masked_fill(kept, above), num_live)
+
+
+def _exchange(state: TrainState, fqn: str, own: Tensor) -> int:
+    """Put a packed mask in force; how many of its bits differ from those before (collective)."""
+    before, (start, stop) = state.bits[fqn], state.bounds(fqn)
+    set_mask(state, fqn, unpack(own, (stop - start,)))
     state.explored[fqn] = state.explored[fqn] | own
     return int(state.peers.total(torch.tensor(count_kept(before ^ own))))
 

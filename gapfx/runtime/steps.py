@@ -98,9 +98,11 @@ class PhaseRun:
 
     @property
     def is_passing(self) -> bool:
-        """Whether this phase ends on the way: the next one drops and regrows, or goes on from a part of a prune."""
+        """Whether this phase ends on the way: with no more than an exchange, or with a part of a prune."""
         following = self.job.plan.phases[self.index + 1 :]
-        return bool(following) and (following[0].drop > 0 or (self.phase.depth < 1 and not following[0].rewind))
+        if not self.phase.prune:
+            return bool(following) and following[0].drop > 0
+        return bool(following) and self.phase.depth < 1 and not following[0].rewind
 
     @property
     def saves(self) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from gapfx.budget import CONTINUED, SCHEDULES, Budget, Schedule, Turnover
 from gapfx.errors import UserError
 from gapfx.plan import Phase
+from gapfx.schedules.exchange import exchanged
 
 
 @SCHEDULES.register("gap")
@@ -36,14 +37,19 @@ def rgap(budget: Budget, num_groups: int) -> Schedule:
 def _one_by_one(budget: Budget, orders: Sequence[Sequence[int]]) -> Schedule:
     """Each group grown alone, in the order given for each round; then a full fine-tune."""
     turnover = budget.turnover(CONTINUED)
-    if budget.landing > 1 and turnover != CONTINUED:
-        raise UserError(
-            "a landing in several prunes needs one learning rate and one optimizer state",
-            fix="leave out --phase-lr restart and --state reset, or give --landing 1",
-        )
+    for name, flag, is_on in (
+        ("a landing in several prunes", "--landing 1", budget.landing > 1),
+        ("an exchange", "--exchange 0", budget.exchange > 0),
+    ):
+        if is_on and turnover != CONTINUED:
+            raise UserError(
+                f"{name} needs one learning rate and one optimizer state",
+                fix=f"leave out --phase-lr restart and --state reset, or give {flag}",
+            )
     turns = [(turn, group) for turn, order in enumerate(orders) for group in order]
     phases = [part for index, turn in enumerate(turns) for part in _turn(budget, turnover, index, *turn)]
-    return Schedule((*phases, *budget.finetune(len(turns) * budget.phase_steps, turnover)))
+    phases += budget.finetune(len(turns) * budget.phase_steps, turnover)
+    return Schedule(exchanged(budget, phases) if budget.exchange else tuple(phases))
 
 
 def _turn(budget: Budget, turnover: Turnover, index: int, turn: int, group: int) -> Iterator[Phase]:
@@ -72,6 +78,8 @@ def pgap(budget: Budget, num_groups: int) -> Schedule:
     All groups start sparse. A round visits every group in as many phases as the replicas need turns.
     """
     replicas, turnover = budget.replicas or num_groups, budget.turnover(CONTINUED)
+    if budget.exchange:
+        raise UserError("pgap has no exchange", fix="give --exchange 0, or take --method gap")
     if budget.growth != "zero" and replicas > 1:
         raise UserError("weights of pgap grow from zero", fix="take out --growth saved, or take --method gap")
     if not 1 <= replicas <= num_groups:

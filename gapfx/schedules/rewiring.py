@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 
 from gapfx.budget import SCHEDULES, Budget, Schedule
 from gapfx.plan import Phase, RegrowRule
+from gapfx.schedules.exchange import falling
 
-# Of the live weights, at the first update; and the share of the run after which masks stay (Evci et al., 2020).
-DROP, UPDATES_UNTIL = 0.3, 0.75
+# Of the live weights, at the first update (Evci et al., 2020).
+DROP = 0.3
 
 
 @SCHEDULES.register("set")
@@ -29,10 +29,8 @@ def rigl(budget: Budget, num_groups: int) -> Schedule:
     The share falls along a cosine, 0.15 (1 + cos(pi t / T)), until T, three quarters of the run; masks stay then.
     Weights that keep theirs keep their optimizer state; that of regrown ones is 0.
     """
-    until = UPDATES_UNTIL * budget.total_steps(num_groups)
-    return _rewired(
-        budget, num_groups, "gradient", lambda step: DROP / 2 * (1 + math.cos(math.pi * step / until)) * (step < until)
-    )
+    total = budget.total_steps(num_groups)
+    return _rewired(budget, num_groups, "gradient", lambda step: falling(DROP, step, total))
 
 
 def _rewired(budget: Budget, num_groups: int, regrow: RegrowRule, drop: Callable[[int], float]) -> Schedule:

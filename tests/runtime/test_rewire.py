@@ -1,4 +1,4 @@
-"""SET and RigL: what is dropped, what is regrown, and that ranks, ZeRO stages, forms and a resume change nothing."""
+"""What SET, RigL and GaP exchange, and that ranks, ZeRO stages, forms and a resume change nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from gapfx.errors import Interrupted, UserError
 from gapfx.masks import unpack
 from gapfx.plan import Plan
-from gapfx.runtime import loop, rewire
+from gapfx.runtime import gradients, grow_prune, loop, rewire
 from gapfx.runtime.state import TrainState, whole
 from gapfx.runtime.steps import PhaseRun
 from tests.runs import TASK, assert_same_bits, events, finish, gapfx, weights
@@ -21,6 +21,7 @@ from tests.tasks import classify
 
 # 48 steps; updates every 8.
 FLAGS = ("--phase-epochs", 0.25, "--rounds", 2, "--finetune-epochs", 1.5, "--update-steps", 8)
+METHODS = {"set": ("--method", "set"), "rigl": ("--method", "rigl"), "gap": ("--method", "gap", "--exchange", 0.3)}
 
 
 @dataclass
@@ -74,12 +75,12 @@ def train(out: Path, *flags: object) -> Path:
     return out
 
 
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_smallest_live_weights_are_dropped_and_as_many_regrown_at_zero(
     method: str, tmp_path: Path, updates: list[Update]
 ) -> None:
-    run = train(tmp_path / "run", "--method", method)
-    assert len(updates) == len(Plan.load(run / "plan.json").phases) - 1 > 3
+    run = train(tmp_path / "run", *METHODS[method])
+    assert len(updates) == sum(phase.drop > 0 for phase in Plan.load(run / "plan.json").phases) > 3
     for update in updates:
         for fqn, before in update.before.items():
             after, value = update.after[fqn], update.values[fqn].abs()
@@ -115,6 +116,19 @@ def _weakest_kept(update: Update, fqn: str) -> float:
     return float(live[num - 1]) if num else -1.0
 
 
+def test_one_group_at_a_time_is_dense_for_its_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[tuple[int, ...]] = []
+
+    def watched(state: TrainState, plan: Plan, groups: tuple[int, ...]) -> None:
+        grown.append(groups)
+        grow_prune.grow(state, plan, groups)
+
+    monkeypatch.setattr(gradients, "grow", watched)
+    plan = Plan.load(train(tmp_path / "run", *METHODS["gap"]) / "plan.json")
+    others = [(set(range(3)) - set(phase.grow)) for phase in plan.phases if phase.drop]
+    assert grown == [(group,) for groups in others for group in sorted(groups)]
+
+
 def test_set_regrows_others_than_rigl_and_each_update_draws_anew(tmp_path: Path, updates: list[Update]) -> None:
     train(tmp_path / "run", "--method", "set")
     assert {update.regrow for update in updates} == {"random"}
@@ -144,15 +158,35 @@ def test_an_update_is_told_and_is_no_reason_to_evaluate(tmp_path: Path) -> None:
     assert all(event["changed_bits"] > 0 for event in phases[1:3])
 
 
-@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_a_group_that_is_about_to_grow_exchanges_nothing_and_each_prune_is_evaluated(
+    tmp_path: Path, updates: list[Update]
+) -> None:
+    run = train(tmp_path / "run", *METHODS["gap"], "--eval-epochs", 0)
+    plan = Plan.load(run / "plan.json")
+    exchanging = [phase for phase in plan.phases if phase.drop]
+    for phase, update in zip(exchanging, updates, strict=True):
+        changed = _groups_changed(plan, update)
+        assert not changed & set(phase.grow)
+        assert changed or phase.drop < 0.1  # later a share may be less than one weight
+    pruned = [phase.stop for phase in plan.phases if phase.prune]
+    assert [event["step"] for event in events(run, "eval")] == [*sorted(pruned * 2), plan.num_steps]  # around each
+
+
+def _groups_changed(plan: Plan, update: Update) -> set[int]:
+    groups = plan.group_of()
+    return {groups[fqn] for fqn, before in update.before.items() if not torch.equal(before, update.after[fqn])}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_both_forms_end_in_the_same_bits(method: str, tmp_path: Path) -> None:
-    flags = ("--method", method, "--clip", 0)
+    flags = (*METHODS[method], "--clip", 0)
     runs = [train(tmp_path / form, *flags, "--form", form, "--kernels", "expand") for form in ("compact", "masked")]
     assert_same_bits(*runs)
 
 
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_run = train(tmp_path / "whole", "--method", "rigl")
+@pytest.mark.parametrize("method", ["rigl", "gap"])
+def test_a_resumed_run_ends_in_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_run = train(tmp_path / "whole", *METHODS[method])
     told = [0]
 
     def asked() -> bool:
@@ -166,9 +200,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr("gapfx.training.train", stopped)
-        code = gapfx("sparsify", TASK, "--out", tmp_path / "cut", *FLAGS, "--method", "rigl")
+        code = gapfx("sparsify", TASK, "--out", tmp_path / "cut", *FLAGS, *METHODS[method])
     assert code == Interrupted.exit_code
-    assert_same_bits(whole_run, train(tmp_path / "cut", "--method", "rigl", "--resume"))
+    assert_same_bits(whole_run, train(tmp_path / "cut", *METHODS[method], "--resume"))
 
 
 def test_a_pattern_without_shares_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,10 +213,10 @@ def test_a_pattern_without_shares_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_two_ranks_end_as_one_does(zero: int, method: str, tmp_path: Path) -> None:
-    flags = (*FLAGS, "--method", method, "--batch-size", 32, "--micro-batch", 16, "--seed", 1)
+    flags = (*FLAGS, *METHODS[method], "--batch-size", 32, "--micro-batch", 16, "--seed", 1)
     for name, more in (("one", ()), ("two", ("--nproc", 2, "--zero", zero))):
         code, _, err = finish("sparsify", TASK, "--out", tmp_path / name, *flags, *more)
         assert code == 0, err
