@@ -127,7 +127,7 @@ Landing = Annotated[
 Exchange = Annotated[
     float | None,
     _setting(
-        "exchange", "Share of live weights that sparse groups of gap exchange where another grows; it falls.", SCHEDULE
+        "exchange", "Share of live weights that sparse groups of gap drop and regrow where another one grows.", SCHEDULE
     ),
 ]
 RegrowWarmup = Annotated[

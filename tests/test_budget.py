@@ -73,7 +73,7 @@ def test_sparse_groups_exchange_where_another_one_grows_and_on_into_the_fine_tun
         (70, 105),
     ]
     assert [phase.drop > 0 for phase in phases] == [False, *[True] * 5, False, True]
-    assert {phase.regrow for phase in phases if phase.drop} == {"gradient"}
+    assert {phase.regrow for phase in phases if phase.drop} == {"random"}
     assert [phase.grow for phase in phases if phase.prune] == [(group,) for group in range(3)] * 2
 
 
@@ -92,7 +92,7 @@ def test_an_exchange_leaves_turns_and_steps_as_they_are(
     plan = with_schedule(plan_of(3), "gap", dataclasses.replace(budget, exchange=share))
     plan.validate()
     assert plan.num_steps == without.num_steps
-    turns = [dataclasses.replace(phase, drop=0.0, regrow="random") for phase in plan.phases if phase.prune]
+    turns = [dataclasses.replace(phase, drop=0.0) for phase in plan.phases if phase.prune]
     assert turns == [phase for phase in without.phases if phase.prune]
 
 

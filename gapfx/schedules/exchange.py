@@ -21,10 +21,11 @@ def falling(share: float, step: int, num_steps: int) -> float:
 
 
 def exchanged(budget: Budget, phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    """The phases with an exchange by the gradient where a group grows, and each `phase_steps` of the fine-tune.
+    """The phases with an exchange where a group grows, and each `phase_steps` of the fine-tune.
 
-    The share is `budget.exchange` at the first step and falls as in RigL. Not where the fine-tune begins: the group
-    that was pruned last has its masks from that very step.
+    The share is `budget.exchange` at the first step and falls as in RigL; what is regrown is drawn at random, as in
+    SET, which takes no memory for gradients and was no worse (ARCHITECTURE.md). Not where the fine-tune begins: the
+    group that was pruned last has its masks from that very step.
     """
     return tuple(itertools.chain.from_iterable(_parts(budget, phase, phases[-1].stop) for phase in phases))
 
@@ -35,11 +36,4 @@ def _parts(budget: Budget, phase: Phase, num_steps: int) -> Iterator[Phase]:
     for part, (start, stop) in enumerate(itertools.pairwise([phase.start, *inner, phase.stop])):
         drop = falling(budget.exchange, start, num_steps) if start and (part or phase.grow) else 0.0
         name = f"{phase.name}, exchanged {part} times" if part > 1 else f"{phase.name}, exchanged once"
-        yield dataclasses.replace(
-            phase,
-            name=name if part else phase.name,
-            start=start,
-            stop=stop,
-            drop=drop,
-            regrow="gradient" if drop else phase.regrow,
-        )
+        yield dataclasses.replace(phase, name=name if part else phase.name, start=start, stop=stop, drop=drop)
