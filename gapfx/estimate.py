@@ -131,20 +131,12 @@ def _scoring_bytes(plan: Plan, phase: Phase, shares: Sequence[float], sizes: Siz
     """One group dense in an engine without moments, its gradients, and the rank's own part of the state beside them."""
     if not phase.drop or phase.regrow != "gradient":
         return 0.0
-    lives = [
-        sum(weight.numel * (1 - weight.sparsity) for weight in group.weights)
-        if index in phase.grow
-        else group.numel * share
-        for index, (group, share) in enumerate(zip(plan.groups, shares, strict=True))
-    ]
-    scored = [index for index in range(len(lives)) if index not in phase.grow]
-    held = sum(lives) + sizes.rest
-    found = [0.0]
-    for index in scored:
-        numel = plan.groups[index].numel
-        count = held - lives[index] + numel if setup.is_compact else sizes.planned + sizes.rest
+    lives = [group.numel * share for group, share in zip(plan.groups, shares, strict=True)]
+    held, found = sum(lives) + sizes.rest, list[float]()
+    for group, live in zip(plan.groups, lives, strict=True):
+        count = held - live + group.numel if setup.is_compact else sizes.planned + sizes.rest
         engine = _rank_bytes(count, sizes, dataclasses.replace(setup, moments=0))
-        found.append(engine.state + _FP32 * ((1 + setup.moments) * held + numel) / setup.ranks)
+        found.append(engine.state + _FP32 * ((1 + setup.moments) * held + group.numel) / setup.ranks)
     return max(found)
 
 

@@ -38,8 +38,9 @@ def training_flops(plan: Plan, forward: ForwardFlops) -> float:
     """Operations of all steps of the plan on such batches, products with masked weights taken by their live share.
 
     An update of masks by gradients costs a forward and a backward of which the gradient of the weights is dense, as
-    RigL's paper counts it (Evci et al., 2020, appendix H). The gradients of both operands of a product take as many
-    operations as the product, each. Where a phase softens weights, the gradient of the weights is dense too.
+    RigL's paper counts it (Evci et al., 2020, appendix H); a run takes one of each a group, to save memory. The
+    gradients of both operands of a product take as many operations as the product, each. Where a phase softens weights,
+    the gradient of the weights is dense too.
     """
     dense = forward.total
     rest = dense - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())

@@ -24,8 +24,8 @@ def exchanged(budget: Budget, phases: Sequence[Phase]) -> tuple[Phase, ...]:
     """The phases with an exchange where a group grows, and each `phase_steps` of the fine-tune.
 
     The share is `budget.exchange` at the first step and falls as in RigL; what is regrown is drawn at random, as in
-    SET, which takes no memory for gradients and was no worse (ARCHITECTURE.md). Not where the fine-tune begins: the
-    group that was pruned last has its masks from that very step.
+    SET, which takes no memory for gradients; by them it was better in one study and worse in another (ARCHITECTURE.md).
+    Not where the fine-tune begins: the group that was pruned last has its masks from that very step.
     """
     return tuple(itertools.chain.from_iterable(_parts(budget, phase, phases[-1].stop) for phase in phases))
 
