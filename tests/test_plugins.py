@@ -203,7 +203,7 @@ def test_without_the_package_its_names_are_unknown() -> None:
         ("1 / 0", "ZeroDivisionError: division by zero"),
         (
             "from gapfx.schedule import SCHEDULES\n@SCHEDULES.register('gap')\ndef mine(budget, num_groups): ...",
-            "two method entries are called 'gap': gapfx.schedule.gap and broken_plugin.mine",
+            "two method entries are called 'gap': gapfx.schedules.growing.gap and broken_plugin.mine",
         ),
     ],
 )
