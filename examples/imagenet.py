@@ -8,8 +8,9 @@ it, and what runs first into the first: conv1 grows with layer1, fc with layer4.
 authors' code prunes both and leaves them in no group. `gapfx plan examples/imagenet.py --input 2x3x224x224` shows the
 groups without data.
 
-Phases take 30 epochs. For a first look give `--rounds 1 --phase-epochs 5 --finetune-epochs 20`. The batch is 1,024 over
-all ranks and passes of --micro-batch; with another one the learning rate has to change alike.
+Phases take 30 epochs, each with an optimizer and a learning rate of its own. For a first look give `--rounds 1
+--phase-epochs 5 --finetune-epochs 20`. The batch is 1,024 over all ranks and passes of --micro-batch; with another one
+the learning rate has to change alike.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ NUM_CROPS = 10  # tries
 NUM_READERS = 8  # threads
 SMOOTHING = 0.1
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 1024, 1.024, 0.875, 3.05e-5
-WARMUP = 0.05  # of a phase, in which the learning rate rises
+WARMUP = 8 * 1251  # steps in which the learning rate rises: 8 epochs; at most a third of a phase
 
 # Command-line flags win over these.
 defaults = {
@@ -51,6 +52,8 @@ defaults = {
     "rounds": 7,
     "phase_epochs": 30,
     "finetune_epochs": 150,
+    "state": "reset",
+    "phase_lr": "restart",
     "batch_size": BATCH,
     "micro_batch": 128,
     "clip": 0,
@@ -228,7 +231,7 @@ def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def lr(step: int, num_steps: int) -> float:
     """A rise, then half a cosine to 0, anew in each phase."""
-    rise = WARMUP * num_steps
+    rise = min(WARMUP, num_steps // 3)
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(num_steps - rise, 1)))

@@ -38,7 +38,7 @@ DATA = Path(__file__).parent / "data" / "translation-full"
 PAD, START, END = range(3)
 NUM_SUBWORDS = int(os.environ.get("TRANSLATION_SUBWORDS", "4000"))  # of both languages together
 MAX_TOKENS = int(os.environ.get("TRANSLATION_MAX_TOKENS", "100"))  # longer pairs are not trained on
-WARM_UP = 4000  # steps, at the start of every phase
+WARM_UP = 4000  # steps; with `--phase-lr restart`, as in the paper, at the start of every phase
 SMOOTHING = 0.1
 BEAM, LENGTH_PENALTY = 4, 0.6
 NUM_TRANSLATED = 200  # validation sentences that BLEU is taken of: a beam search is slow
@@ -336,6 +336,6 @@ def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def lr(step: int, num_steps: int) -> float:
-    """Linear warm-up, then the inverse square root, as the paper has it in each phase."""
+    """Linear warm-up, then the inverse square root: the paper's, which it begins anew in each phase."""
     warm_up = min(WARM_UP, 1 + num_steps // 5)
     return min((step + 1) / warm_up, math.sqrt(warm_up / (step + 1)))

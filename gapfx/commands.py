@@ -142,11 +142,12 @@ def compare_study(path: Path, out: Path | None, parallel: int, *, collect: bool,
     from gapfx.compare.execute import Runner
     from gapfx.compare.judge import collected, judge
     from gapfx.compare.page import write_page
+    from gapfx.compare.records import Records
     from gapfx.compare.study import read_study
     from gapfx.run_dir import write_atomically
 
     study, out = read_study(path), out or Path("runs") / path.stem
-    costs = Costs(study, lambda given: Source(study.task, "", given).load())
+    costs = Costs(study, lambda given: Source(study.task, "", given).load(), Records.read(out))
     runner = Runner(costs, out, parallel, lambda line: print(line, file=sys.stderr, flush=True))
     tables = collected(path, out) if collect else judge(study, runner.run, out)
     write_atomically(out / "comparison.json", tables.json())

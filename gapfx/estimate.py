@@ -96,7 +96,7 @@ def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
     """Each phase of the plan, its largest replica."""
     check_setup(setup)
     numels = [group.numel for group in plan.groups]
-    for phase, replicas in live_shares(plan):
+    for phase, replicas in live_shares(plan, {weight.fqn: weight.numel for weight in plan.weights()}):
         live = max(sum(n * s for n, s in zip(numels, shares, strict=True)) for shares in replicas)
         count = (live if setup.is_compact else sizes.planned) + sizes.rest
         rank = _rank_bytes(count, sizes, setup)

@@ -46,27 +46,30 @@ def training_flops(plan: Plan, forward: ForwardFlops) -> float:
     rest = dense - sum(forward.by_weight.get(weight.fqn, 0) for weight in plan.weights())
     of_group = [sum(forward.by_weight.get(w.fqn, 0) for w in group.weights) for group in plan.groups]
     total = 0.0
-    for phase, replicas in live_shares(plan):
+    for phase, replicas in live_shares(plan, forward.by_weight):
         for shares in replicas:
-            seen = _seen(plan, phase, shares)
+            seen = _seen(plan, phase, shares, forward.by_weight)
             sparse, of_weights = (rest + sum(f * s for f, s in zip(of_group, s, strict=True)) for s in (seen, shares))
             total += phase.num_steps * (2 * sparse + of_weights)
             total += 2 * sparse + dense if phase.drop and phase.regrow == "gradient" else 0
     return total
 
 
-def _seen(plan: Plan, phase: Phase, shares: list[float]) -> list[float]:
+def _seen(plan: Plan, phase: Phase, shares: list[float], sizes: Mapping[str, int]) -> list[float]:
     """Share of each group that forwards see: less than is live where the phase softens it."""
     depth = _SEEN_DEPTH.get(phase.soften, 0.0)
     return [
-        1 - depth * (1 - _live_share(plan, group)) if group in phase.grow and depth else share
+        1 - depth * (1 - _live_share(plan, group, sizes)) if group in phase.grow and depth else share
         for group, share in enumerate(shares)
     ]
 
 
-def live_shares(plan: Plan) -> Iterator[tuple[Phase, list[list[float]]]]:
-    """Each phase with the live share of every group in each of its replicas."""
-    sparse = [_live_share(plan, group) for group in range(len(plan.groups))]
+def live_shares(plan: Plan, sizes: Mapping[str, int]) -> Iterator[tuple[Phase, list[list[float]]]]:
+    """Each phase with the live share of every group in each of its replicas, of `sizes` of its weights by FQN.
+
+    With the operations of each weight that is the share of operations; with its elements, that of values.
+    """
+    sparse = [_live_share(plan, group, sizes) for group in range(len(plan.groups))]
     live = list(sparse)
     for index, phase in enumerate(plan.phases):
         replicas = [list(live) for _ in range(phase.replicas)]
@@ -77,12 +80,13 @@ def live_shares(plan: Plan) -> Iterator[tuple[Phase, list[list[float]]]]:
         live = replicas[0] if phase.replicas == 1 else live
         eased = plan.eased(index)
         for group in phase.prune:
-            live[group] = _live_share(eased, group)
+            live[group] = _live_share(eased, group, sizes)
 
 
-def _live_share(plan: Plan, group: int) -> float:
-    weights = plan.groups[group].weights
-    return sum(w.numel * (1 - w.sparsity) for w in weights) / sum(w.numel for w in weights)
+def _live_share(plan: Plan, group: int, sizes: Mapping[str, int]) -> float:
+    """Of a group whose sizes are all 0, as of a weight that no product reads, any share is none of them."""
+    weights = [(sizes.get(weight.fqn, 0), weight.sparsity) for weight in plan.groups[group].weights]
+    return sum(size * (1 - sparsity) for size, sparsity in weights) / max(1, sum(size for size, _ in weights))
 
 
 class _Counter(TorchDispatchMode):

@@ -105,6 +105,9 @@ class Phase:
     all weights are kept aside after the last step, before the prune; with `rewind` they go back to that before the
     first. `soften` lets forwards see the weights of grown groups through a soft threshold, straight through to their
     gradients: at a sparsity that rises to the target over the phase, or at the target (see gapfx.runtime.soften).
+
+    A learning rate that restarts goes through a schedule of `lr_steps`, 0 for as many as the phase has, from its step
+    `lr_skip` on: so a training can end early, or go on from the middle of another.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Phase:
     round: int = 0
     state: StateRule = "reset"
     lr: LrRule = "restart"
+    lr_skip: int = 0
+    lr_steps: int = 0
     replicas: int = 1
     depth: float = 1.0
     drop: float = 0.0
@@ -302,6 +307,12 @@ def _check_phases(plan: Plan, source: str) -> None:
                 f"{phase.replicas} replicas cannot grow {list(phase.grow)} and prune {list(phase.prune)}",
                 where=where,
                 fix="each replica grows groups of its own and prunes the same ones",
+            )
+        if not 0 <= phase.lr_skip <= (phase.lr_steps or phase.num_steps) - phase.num_steps:
+            raise PlanError(
+                f"{phase.num_steps} steps from step {phase.lr_skip} of the learning rate's schedule on are not in it",
+                where=where,
+                fix="lr_steps is at least lr_skip and the steps of the phase together, or both are 0",
             )
         if not 0 < phase.depth <= 1:
             raise PlanError(f"depth {phase.depth} is not in (0, 1]", where=where, fix="1 prunes to the target sparsity")

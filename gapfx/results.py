@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gapfx.direction import is_lower_better
 from gapfx.errors import Interrupted, UserError
 from gapfx.io.dense_files import DenseFiles
 from gapfx.io.write_sparse import write_sparse
@@ -31,8 +32,6 @@ from gapfx.runtime.state import TrainState
 from gapfx.runtime.steps import Job
 from gapfx.settings import Settings
 from gapfx.task import Task
-
-LOWER_IS_BETTER = ("loss", "error", "perplexity", "bits", "nll", "mse", "mae", "rmse")
 
 
 def write_results(
@@ -146,7 +145,7 @@ def _best(run: RunDir, final: dict[str, float]) -> dict[str, float]:
     for event in run.events():
         if event["event"] == "eval" and event["sparsity"] >= target:
             for name, value in event["metrics"].items():
-                choose = min if any(word in name.lower() for word in LOWER_IS_BETTER) else max
+                choose = min if is_lower_better(name) else max
                 best[name] = choose(value, best.get(name, value))
     return best
 

@@ -213,15 +213,18 @@ def _reasons(owners: Sequence[OwnerForm]) -> str:
 
 
 def _with_kept(plan: Plan) -> Iterator[tuple[tuple[int, Phase], float]]:
-    """Each phase with the kept share of all planned weights while it trains; before the first all are sparse."""
+    """Each phase with the kept share of all planned weights while it trains; before the first all are sparse.
+
+    Of replicas, that which keeps most.
+    """
     sizes = [group.numel for group in plan.groups]
     dense: set[int] = set()
     for index, phase in enumerate(plan.phases):
         sparse = [num_kept(group.weights) for group in plan.eased(index - 1).groups]
-        dense |= set(phase.grow)
-        kept = sum(sizes[group] if group in dense else sparse[group] for group in range(len(sizes)))
+        replicas = [dense | set(phase.grown_by(replica)) for replica in range(phase.replicas)]
+        kept = max(sum(sizes[g] if g in grown else sparse[g] for g in range(len(sizes))) for grown in replicas)
         yield (index, phase), kept / max(1, sum(sizes))
-        dense -= set(phase.prune)
+        dense = (dense | set(phase.grow)) - set(phase.prune)
 
 
 def _phase_row(plan: Plan, index: int, phase: Phase, kept: float) -> list[str]:
@@ -233,7 +236,12 @@ def _phase_row(plan: Plan, index: int, phase: Phase, kept: float) -> list[str]:
     grow += ", to saved values" * (phase.growth == "saved") + ", kept aside at the end" * phase.keep
     grow = "all weights rewound" if phase.rewind else grow
     grow += {"no": "", "ramp": ", softened ever more", "hold": ", softened"}[phase.soften]
-    return [str(index), phase.name, str(phase.round), steps, grow, prune, phase.state, phase.lr, _share(kept)]
+    return [str(index), phase.name, str(phase.round), steps, grow, prune, phase.state, _lr(phase), _share(kept)]
+
+
+def _lr(phase: Phase) -> str:
+    is_part = phase.lr == "restart" and phase.lr_steps
+    return phase.lr + (f" at {phase.lr_skip:,} of {phase.lr_steps:,}" if is_part else "")
 
 
 def _groups(plan: Plan, groups: Sequence[int]) -> str:

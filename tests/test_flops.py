@@ -66,13 +66,16 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert model.weight.grad is None
 
 
+SIZES = {f"{i}.weight": 100 for i in range(3)}
+
+
 def plan_of(method: str, rounds: int = 2) -> Plan:
     groups = tuple(Group(f"g{i}", (Weight(f"{i}.weight", (10, 10), 0.9),)) for i in range(3))
     return with_schedule(Plan(groups), method, Budget(rounds, phase_steps=10, finetune_steps=20))
 
 
 def rounded(plan: Plan) -> list[list[list[float]]]:
-    return [[[round(share, 3) for share in shares] for shares in replicas] for _, replicas in live_shares(plan)]
+    return [[[round(share, 3) for share in shares] for shares in replicas] for _, replicas in live_shares(plan, SIZES)]
 
 
 def test_one_group_is_dense_at_a_time_in_gap() -> None:
@@ -101,6 +104,22 @@ def test_every_replica_of_parallel_gap_counts() -> None:
 def test_a_training_costs_three_forwards_a_step_at_its_live_share(method: str, share: float) -> None:
     forward = ForwardFlops(1000, {"0.weight": 300, "1.weight": 300, "2.weight": 300})
     assert training_flops(plan_of(method), forward) == pytest.approx(3 * 80 * (100 + 900 * share))
+
+
+def test_each_weight_counts_by_its_own_sparsity_however_weights_are_grouped() -> None:
+    """What costs most operations is not what has most elements: 0.9 of 600 and 0.5 of 300."""
+    weights = Weight("many.weight", (100, 100), 0.9), Weight("few.weight", (10, 10), 0.5)
+    forward = ForwardFlops(1000, {"few.weight": 600, "many.weight": 300})
+    apart, together = Plan(tuple(Group(w.fqn, (w,)) for w in weights)), Plan((Group("all", weights),))
+    for plan in (apart, together):
+        static = with_schedule(plan, "static", Budget(1, 10, 10))
+        num_steps = static.num_steps
+        assert training_flops(static, forward) == pytest.approx(3 * num_steps * (100 + 600 * 0.5 + 300 * 0.1))
+
+
+def test_a_group_that_no_product_reads_costs_nothing() -> None:
+    forward = ForwardFlops(700, {"0.weight": 300, "1.weight": 300})
+    assert training_flops(plan_of("static"), forward) == pytest.approx(3 * 80 * (100 + 600 * 0.1))
 
 
 def test_a_softened_training_has_sparse_forwards_and_dense_gradients_of_the_weights() -> None:

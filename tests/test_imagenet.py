@@ -119,10 +119,11 @@ def test_norms_and_biases_do_not_decay(task: Any) -> None:
     assert (decaying["weight_decay"], still["weight_decay"], still["momentum"]) == (3.05e-5, 0, 0.875)
 
 
-def test_the_learning_rate_rises_and_falls_once(task: Any) -> None:
-    rates = [task.lr(step, 200) for step in range(200)]
-    peak = max(range(200), key=rates.__getitem__)
-    assert peak == 10
+@pytest.mark.parametrize(("num_steps", "top"), [(200, 66), (30 * 1251, 8 * 1251), (150 * 1251, 8 * 1251)])
+def test_the_learning_rate_rises_and_falls_once(task: Any, num_steps: int, top: int) -> None:
+    rates = [task.lr(step, num_steps) for step in range(num_steps)]
+    peak = max(range(num_steps), key=rates.__getitem__)
+    assert peak == top
     assert rates[peak] == 1
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
     assert 0 < rates[-1] < 1e-3
@@ -149,6 +150,17 @@ def test_mixing_is_between_the_losses_of_both_classes(task: Any, monkeypatch: py
     torch.manual_seed(0)
     found = task.loss(lambda x: x.flatten(1), (images, classes))
     torch.testing.assert_close(found, F.cross_entropy(mixed, goal.float(), label_smoothing=0.1))
+
+
+def test_phases_are_those_of_the_paper(task: Any, folder: Path, capsys: Any) -> None:
+    """30 epochs for each of four stages, seven times, then 150; the optimizer and its rate begin anew each time."""
+    assert len(task.data("train")) == 6
+    flags = ("--no-calibrate", "--json", "--batch-size", 2, "--micro-batch", 2)
+    assert gapfx("plan", ROOT / "examples" / "imagenet.py", *flags) == 0
+    phases = json.loads(capsys.readouterr().out)["phases"]
+    assert [phase["grow"] for phase in phases] == [[0], [1], [2], [3]] * 7 + [[]]
+    assert [phase["stop"] - phase["start"] for phase in phases] == [30 * 3] * 28 + [150 * 3]
+    assert {(phase["state"], phase["lr"]) for phase in phases} == {("reset", "restart")}
 
 
 def test_the_groups_are_the_stages_with_conv1_in_the_first_and_fc_in_the_last(capsys: Any) -> None:

@@ -48,7 +48,7 @@ def studies(tmp_path: Path) -> Path:
 def test_a_section_has_the_command_the_words_the_tables_and_the_versions(studies: Path) -> None:
     page = results(studies)
     assert "## small\n\n`gapfx compare studies/small.toml --out studies/small`\n\nTwo methods on a small task." in page
-    assert "Chosen: dense 2, gap 1." in page
+    assert "which counts for nothing else: dense 2, gap 1. At an end of what was tried: dense, gap. The" in page
     assert "| gap | 0.8 | 0.7500 |" in page
     assert "8 runs with torch 2.13.0; 4.0 hours of training in all." in page
 

@@ -145,6 +145,11 @@ HAND_EDITS: list[tuple[Edit, str]] = [
     ),
     (put("phases", 0, "prune", [0, -1]), "group -1 does not exist"),
     (put("phases", 0, "prune", [False]), "expected int, got False\n  where: PLAN.phases[0].prune[0]"),
+    (
+        put("phases", 0, "lr_skip", 1),
+        "steps from step 1 of the learning rate's schedule on are not in it\n  where: PLAN: phases[0] (one)",
+    ),
+    (put("phases", 0, "lr_steps", 1), "steps from step 0 of the learning rate's schedule on are not in it"),
     (put("phases", 0, "depth", 0), "depth 0.0 is not in (0, 1]\n  where: PLAN: phases[0] (one)"),
     (put("phases", 0, "depth", 1.5), "depth 1.5 is not in (0, 1]"),
     (put("phases", 0, "state", "keep"), "'keep' is not one of reset, carry\n  where: PLAN.phases[0].state"),

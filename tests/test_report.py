@@ -8,6 +8,7 @@ import pytest
 
 from gapfx.errors import UserError
 from gapfx.plan import Group, Phase, Plan, Weight
+from gapfx.quantities import format_share
 from gapfx.report import format_summary, write_report
 from gapfx.report.read_run import read_run
 from gapfx.schedule import Budget, phase_at
@@ -53,6 +54,16 @@ class Page(HTMLParser):
 def read(path: Path) -> tuple[str, Page]:
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
+
+
+def test_groups_of_replicas_are_dense_one_in_each(tmp_path: Path) -> None:
+    plan = make_plan("pgap", budget=Budget(rounds=1, phase_steps=50, finetune_steps=100, replicas=4))
+    page = read(write_report(write_run(tmp_path / "run", plan)))[1]
+    assert "1 prune; at most 1 of 4 groups is dense at once in each replica" in page.text
+    groups = {g.name: (g.numel, sum(w.numel * (1 - w.sparsity) for w in g.weights)) for g in plan.groups}
+    sparse = sum(kept for _, kept in groups.values())
+    live = max(sparse - kept + numel for numel, kept in groups.values())
+    assert f"{plan.phases[0].name}: {format_share(live / sum(group.numel for group in plan.groups))} live" in page.text
 
 
 def test_the_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:

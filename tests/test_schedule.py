@@ -171,6 +171,18 @@ def test_imp_prunes_the_same_share_of_the_live_weights_each_time_and_rewinds_to_
 
 
 @given(BUDGETS, st.integers(1, 6))
+def test_the_early_weights_of_imp_are_those_of_an_ordinary_training_and_each_other_one_goes_on_from_there(
+    budget: Budget, num_groups: int
+) -> None:
+    plan = with_schedule(plan_of(num_groups), "imp", budget)
+    first, early = plan.phases[0], plan.phases[0].stop
+    assert (first.lr, first.lr_skip, first.lr_steps) == ("restart", 0, budget.phase_steps)
+    assert {phase.lr_skip for phase in plan.phases[1:]} == {early}
+    assert all(phase.lr_steps == early + phase.num_steps for phase in plan.phases[1:])
+    plan.validate()
+
+
+@given(BUDGETS, st.integers(1, 6))
 def test_st3_softens_everything_all_the_time_and_prunes_at_the_end(budget: Budget, num_groups: int) -> None:
     everything = tuple(range(num_groups))
     ramp, hold = with_schedule(plan_of(num_groups), "st3", budget).phases

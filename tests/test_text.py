@@ -112,6 +112,18 @@ def test_the_kept_share_counts_what_is_live_while_a_phase_trains(method: str, ke
     assert [line.split()[-1] for line in lines[1:]] == kept
 
 
+def test_of_replicas_the_one_that_keeps_most_is_told() -> None:
+    """Both groups have as many weights; the first keeps a tenth, the second, in runs of 2:4, a half."""
+    lines = format_phases(with_schedule(plan(), "pgap", Budget(1, 10, 10, replicas=2))).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["75.0%", "30.0%"]
+
+
+def test_a_training_that_goes_on_from_the_middle_of_another_says_where_its_learning_rate_begins() -> None:
+    lines = format_phases(with_schedule(plan(), "imp", Budget(1, 20, 10))).splitlines()
+    found = [line.split("  restart ")[1].split("  ")[0] for line in lines[1:]]
+    assert found == ["at 0 of 20", "at 2 of 20", "at 2 of 22", "at 2 of 12"]
+
+
 def test_a_plan_without_phases_prints_the_header_alone() -> None:
     header = format_phases(plan())
     assert header == "phase  name  round  steps  grow  prune at end  state  lr  kept\n"

@@ -17,9 +17,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gapfx.compare.judge import collected
-from gapfx.compare.page import story
 from gapfx.compare.records import RECORDS, Records
-from gapfx.compare.table import Tables
+from gapfx.compare.story import story
 
 ROOT = Path(__file__).parent.parent
 INTRODUCTION = """# Results
@@ -46,16 +45,9 @@ def section(path: Path, folder: Path) -> Iterator[str]:
     yield f"## {path.stem}"
     yield f"`{command}`"
     yield " ".join(words)
-    yield " ".join(story(tables.study))
-    yield from _chosen(tables)
+    yield story(tables)
     yield tables.markdown()
     yield _versions(records)
-
-
-def _chosen(tables: Tables) -> Iterator[str]:
-    scales = tables.lr_scales()
-    if scales:
-        yield "Chosen: " + ", ".join(f"{name} {scale:g}" for name, scale in scales.items()) + "."
 
 
 def _versions(records: Records) -> str:

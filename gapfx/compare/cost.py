@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gapfx.compare.records import Records
 from gapfx.compare.study import CONTROL, Contender, Study, Trial
 from gapfx.errors import UserError
 from gapfx.flops import ForwardFlops, count_forward, training_flops
@@ -23,10 +24,15 @@ Load = Callable[[Mapping[str, Any]], tuple[Task, Settings]]
 
 @dataclass
 class Costs:
-    """Plans and operations of the runs of a study; `load` gives the task with settings over its own."""
+    """Plans and operations of the runs of a study; `load` gives the task with settings over its own.
+
+    Where one threshold over many weights shares out the zeros, what each weight keeps is known from a run alone, so a
+    run at equal operations follows that at equal epochs, whose record has the shares. They count from the first prune.
+    """
 
     study: Study
     load: Load
+    records: Records
     _plans: dict[tuple[str, float], tuple[Plan, float]] = field(default_factory=dict[tuple[str, float], Any])
     _forward: ForwardFlops | None = None
 
@@ -38,17 +44,26 @@ class Costs:
         given |= {"test": True} if self.study.test else {}
         if trial.budget == "epochs":
             return given
-        control = self._control()
-        scale = self.study.flops * self.flops(control, 0.0) / self.flops(trial.contender, trial.sparsity)
+        control = dataclasses.replace(trial, contender=self._control(), sparsity=0.0)
+        scale = self.study.flops * self.flops(control) / self.flops(trial)
         if scale == 1:
             return given
         _, settings = self.load(given)
         lengths = {key: getattr(settings, key) * scale for key in ("phase_epochs", "finetune_epochs")}
         return given | lengths
 
-    def flops(self, contender: Contender, sparsity: float) -> float:
-        """Operations of a run at the epochs of the study."""
-        return training_flops(self._plan(contender, sparsity)[0], self.forward())
+    def flops(self, trial: Trial) -> float:
+        """Operations of a run at the epochs of the study. Raises UserError where a run that tells them is missing."""
+        plan, _ = self._plan(trial.contender, trial.sparsity)
+        shares = self._shares(trial) if is_found_by_run(plan) else {}
+        return training_flops(with_shares(plan, shares), self.forward())
+
+    def waits_for(self, trial: Trial) -> str | None:
+        """Name of a run without whose record this one cannot start, or None."""
+        if trial.budget == "epochs" or not is_found_by_run(self._plan(trial.contender, trial.sparsity)[0]):
+            return None
+        twin = dataclasses.replace(trial, budget="epochs").name
+        return None if twin in self.records.found else twin
 
     def epochs(self, plan: Plan) -> float:
         """Epochs of a plan."""
@@ -78,6 +93,16 @@ class Costs:
             self._plans[key] = with_phases(plan, quiet, feed), feed.steps_per_epoch
         return self._plans[key]
 
+    def _shares(self, trial: Trial) -> Mapping[str, float]:
+        twin, where = dataclasses.replace(trial, budget="epochs").name, str(self.records.folder)
+        told = f"what {trial.name} costs is told by {twin}, which"
+        if twin not in self.records.found:
+            raise UserError(f"{told} is not there", where=where, fix='have "epochs" in budgets')
+        shares = self.records.found[twin].shares
+        if not shares:
+            raise UserError(f"{told} has no shares", where=where, fix="delete its line in runs.jsonl to train it again")
+        return shares
+
     def _given(self, contender: Contender, sparsity: float) -> dict[str, Any]:
         return {**self.study.settings, **contender.settings, "method": contender.method, "sparsity": sparsity}
 
@@ -89,3 +114,22 @@ class Costs:
 
     def _some_sparsity(self) -> float:
         return 0.0 if self.study.contenders[0].method == CONTROL else self.study.sparsities[0]
+
+
+def is_found_by_run(plan: Plan) -> bool:
+    """Whether what each weight keeps comes out at a prune, not from the plan."""
+    return plan.allocation == "global" and plan.sparsity > 0
+
+
+def with_shares(plan: Plan, shares: Mapping[str, float]) -> Plan:
+    """The plan with these live shares, by FQN, as its targets; weights without one keep theirs."""
+    groups = (
+        dataclasses.replace(
+            group,
+            weights=tuple(
+                dataclasses.replace(w, sparsity=1 - shares[w.fqn]) if w.fqn in shares else w for w in group.weights
+            ),
+        )
+        for group in plan.groups
+    )
+    return dataclasses.replace(plan, groups=tuple(groups))

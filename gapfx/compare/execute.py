@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gapfx.compare.cost import Costs
+from gapfx.compare.cost import Costs, is_found_by_run, with_shares
 from gapfx.compare.outcomes import Outcome, recorded
-from gapfx.compare.records import Records, record_of
+from gapfx.compare.records import live_shares, record_of
 from gapfx.compare.study import Trial
 from gapfx.errors import Interrupted, UserError
 from gapfx.flops import training_flops
@@ -34,12 +35,7 @@ class Runner:
     out: Path
     parallel: int
     tell: Callable[[str], None]
-    _records: Records = field(init=False)
     _running: list[tuple[Trial, subprocess.Popen[str]]] = field(default_factory=list[Any])
-
-    def __post_init__(self) -> None:
-        """See what is there."""
-        self._records = Records.read(self.out)
 
     def run(self, trials: Iterable[Trial]) -> list[Outcome]:
         """Outcomes of all trials; those that are there are taken as they are.
@@ -51,17 +47,17 @@ class Runner:
         missing = [trial for trial in wanted if not self._is_there(trial)]
         with stop_on_signal() as should_stop:
             try:
-                self._train(iter(missing), len(missing), should_stop)
+                self._train(missing, should_stop)
             finally:
                 self._stop()
         return list(self.outcomes(wanted))
 
     def outcomes(self, trials: Iterable[Trial]) -> Iterator[Outcome]:
         """Outcomes of the trials that are finished."""
-        return recorded(self.costs.study, trials, self._records)
+        return recorded(self.costs.study, trials, self.costs.records)
 
     def _is_there(self, trial: Trial) -> bool:
-        folder, record = self.out / trial.name, self._records.found.get(trial.name)
+        folder, record = self.out / trial.name, self.costs.records.found.get(trial.name)
         run = RunDir(folder)
         if record is None and not run.config.is_file():
             return False
@@ -73,24 +69,25 @@ class Runner:
             )
         if record is None and run.summary.is_file():
             self._keep(trial)
-        return trial.name in self._records.found
+        return trial.name in self.costs.records.found
 
-    def _train(self, missing: Iterator[Trial], count: int, should_stop: Callable[[], bool]) -> None:
-        done, is_more = 0, True
-        while is_more or self._running:
+    def _train(self, missing: Sequence[Trial], should_stop: Callable[[], bool]) -> None:
+        done, waiting = 0, deque(missing)
+        while waiting or self._running:
             if should_stop():
                 raise Interrupted("stopped; the same command goes on where the runs have saved")
-            while is_more and len(self._running) < self.parallel:
-                trial = next(missing, None)
-                is_more = trial is not None
-                if trial is not None:
-                    self._running.append((trial, self._start(trial)))
+            while waiting and len(self._running) < self.parallel and not self._must_wait(waiting[0]):
+                trial = waiting.popleft()
+                self._running.append((trial, self._start(trial)))
             for trial, process in [each for each in self._running if each[1].poll() is not None]:
                 done += 1
                 self._running.remove((trial, process))
                 self._finish(trial, process)
-                self.tell(f"{done} of {count}: {trial.name}")
+                self.tell(f"{done} of {len(missing)}: {trial.name}")
             time.sleep(_POLL_SECONDS)
+
+    def _must_wait(self, trial: Trial) -> bool:
+        return self.costs.waits_for(trial) in [running.name for running, _ in self._running]
 
     def _start(self, trial: Trial) -> subprocess.Popen[str]:
         folder = self.out / trial.name
@@ -121,8 +118,10 @@ class Runner:
     def _keep(self, trial: Trial) -> None:
         run = RunDir(self.out / trial.name)
         plan, summary = Plan.load(run.plan), json.loads(run.summary.read_text())
-        flops, epochs = training_flops(plan, self.costs.forward()), self.costs.epochs(plan)
-        self._records.add(record_of(trial.name, summary, run.settings(), flops, epochs))
+        shares = live_shares(summary) if is_found_by_run(plan) else {}
+        flops, epochs = training_flops(with_shares(plan, shares), self.costs.forward()), self.costs.epochs(plan)
+        record = record_of(trial.name, summary, run.settings(), flops=flops, epochs=epochs, shares=shares)
+        self.costs.records.add(record)
 
     def _stop(self) -> None:
         """Ask the runs to save and end, and wait for them."""

@@ -12,7 +12,6 @@ from gapfx.compare.records import Record, Records
 from gapfx.compare.statistics import Difference, Spread, paired
 from gapfx.compare.study import CONTROL, Budget, Study, Trial
 from gapfx.errors import UserError
-from gapfx.results import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at a sparsity over all seeds; `against` is the control at the same seeds, None without one.
+    """A contender at a sparsity over all seeds; `against` is the control at the seeds that both have, None without one.
 
     `also` are means of other metrics.
     """
@@ -72,7 +71,7 @@ def recorded(study: Study, trials: Iterable[Trial], records: Records) -> Iterato
 
 def best_lr_scales(study: Study, outcomes: Iterable[Outcome]) -> dict[str, float]:
     """The factor of the learning rate with the best metric for each contender; of equal ones, that nearest to 1."""
-    sign = -1 if is_lower_better(study.metric) else 1
+    sign = -1 if study.is_lower_better else 1
     found: dict[str, list[tuple[float, float, float]]] = {}
     for outcome in outcomes:
         scale = outcome.trial.candidate or 1.0
@@ -104,7 +103,7 @@ def _duel(study: Study, found: list[Outcome], rival: str, budget: Budget) -> Due
     pairs = [(ours[pair], theirs[pair]) for pair in ours if pair in theirs]
     if not pairs:
         return None
-    sign = -1 if is_lower_better(study.metric) else 1
+    sign = -1 if study.is_lower_better else 1
     num_won = sum(sign * (a - b) > 0 for a, b in pairs)
     return Duel(rival, budget, paired([a for a, _ in pairs], [b for _, b in pairs]), num_won)
 
@@ -118,7 +117,7 @@ def _pair(outcome: Outcome) -> tuple[float, int]:
 
 
 def rows_of(study: Study, outcomes: Iterable[Outcome]) -> list[Row]:
-    """Rows in the order of the study; the control stands in each comparison, and only seeds that all have count."""
+    """Rows in the order of the study, over the seeds that each has; the control stands in each comparison."""
     found = list(outcomes)
     return [
         row
@@ -127,11 +126,6 @@ def rows_of(study: Study, outcomes: Iterable[Outcome]) -> list[Row]:
         for sparsity in ((0.0,) if contender.method == CONTROL else study.sparsities)
         if (row := _row(study, found, contender.name, sparsity, budget)) is not None
     ]
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether less of the metric is more, going by its name."""
-    return any(word in metric.lower() for word in LOWER_IS_BETTER)
 
 
 def _row(study: Study, found: list[Outcome], name: str, sparsity: float, budget: Budget) -> Row | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from gapfx.compare.outcomes import Row
+from gapfx.compare.story import story
 from gapfx.compare.study import CONTROL, Budget, Study
 from gapfx.compare.table import Lines, Tables
 from gapfx.quantities import format_number
@@ -58,28 +59,15 @@ def write_page(path: Path, tables: Tables) -> Path:
         Markup('<meta name="color-scheme" content="light dark">'),
         tag("style", Markup(files("gapfx.report").joinpath("style.css").read_text(encoding="utf-8"))),
     )
-    title = tag("header", tag("p", "gapfx compare", class_="over"), tag("h1", Path(study.task).stem), _story(study))
+    title = tag(
+        "header",
+        tag("p", "gapfx compare", class_="over"),
+        tag("h1", Path(study.task).stem),
+        tag("p", story(tables), class_="story"),
+    )
     body = tag("body", tag("main", title, *sections))
     path.write_text(f"<!doctype html>\n{tag('html', tag('head', *head), body, lang='en')}\n", encoding="utf-8")
     return path
-
-
-def _story(study: Study) -> Markup:
-    return tag("p", " ".join(story(study)), class_="story")
-
-
-def story(study: Study) -> Iterator[str]:
-    """How the study was made, in sentences."""
-    yield f"{len(study.contenders)} methods, {len(study.seeds)} seeds. Methods of one seed share initial weights and"
-    yield "the order of data."
-    if tune := study.tune:
-        tried = ", ".join(f"{scale:g}" for scale in tune.lr_scale)
-        yield f"Each method has the best of the task's learning rate times {tried}, by the {study.metric} on the"
-        yield f"validation data of one run at a sparsity of {tune.sparsity:g} with seed {tune.seed}, which counts for"
-        yield "nothing else."
-    data = "test data, which no run sees before its end," if study.test else "validation data after the last step"
-    yield f"The {study.metric} is that of the {data} and p that of no difference from the dense run of the same"
-    yield f"seed, by a sign-flip test: {len(study.seeds)} seeds give at least {2 / 2 ** len(study.seeds):.2g}."
 
 
 def _section(tables: Tables, budget: Budget) -> Markup:

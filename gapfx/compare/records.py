@@ -21,7 +21,8 @@ class Record:
     """One finished run: its settings, its metrics on the validation and the test data, and what it has cost.
 
     `flops` are the operations of its training, counted for the sparse form; `live_bytes` those of fp32 values with a
-    bit a planned weight for the masks, and of all that is dense.
+    bit a planned weight for the masks, and of all that is dense. `shares` are the live shares of weights at its end, by
+    FQN, where the run has found them itself.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Record:
     epochs: float
     sparsity: float
     versions: Mapping[str, str]
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def is_of(self, settings: Settings) -> bool:
         """Whether the run was made with these settings; those that came later have their default in it."""
@@ -70,7 +72,15 @@ class Records:
         write_atomically(self.folder / RECORDS, "".join(f"{line}\n" for line in lines))
 
 
-def record_of(name: str, summary: Mapping[str, Any], settings: Settings, flops: float, epochs: float) -> Record:
+def record_of(
+    name: str,
+    summary: Mapping[str, Any],
+    settings: Settings,
+    *,
+    flops: float,
+    epochs: float,
+    shares: Mapping[str, float],
+) -> Record:
     """The record of a run from its summary, its settings and what its plan costs."""
     return Record(
         name=name,
@@ -83,7 +93,13 @@ def record_of(name: str, summary: Mapping[str, Any], settings: Settings, flops: 
         epochs=epochs,
         sparsity=summary["sparsity_actual"],
         versions=summary["versions"],
+        shares=shares,
     )
+
+
+def live_shares(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Live share of each planned weight at the end of a run, by FQN."""
+    return {fqn: weight["kept"] / weight["numel"] for fqn, weight in summary["per_weight"].items()}
 
 
 def _live_bytes(summary: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ NUM_DRAWS = 2**MOST_PAIRS
 
 @dataclass(frozen=True)
 class Spread:
-    """Values by seed, with their mean and sample standard deviation (0 for one value)."""
+    """Values by seed, with their mean and sample standard deviation (None for one value)."""
 
     values: tuple[float, ...]
 
@@ -24,9 +24,9 @@ class Spread:
         return statistics.mean(self.values)
 
     @property
-    def deviation(self) -> float:
+    def deviation(self) -> float | None:
         """Sample standard deviation."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from gapfx.direction import is_lower_better
 from gapfx.errors import UserError
 from gapfx.schedule import SCHEDULES
 
@@ -19,6 +20,7 @@ _KEYS = (
     "task",
     "entry",
     "metric",
+    "lower_is_better",
     "also",
     "methods",
     "sparsities",
@@ -72,6 +74,8 @@ class Tuning:
 class Study:
     """What the file says. `settings` are those of every run; `metric` is one of the task's evaluate().
 
+    Whether less of the metric is better goes by its name where the file does not say.
+
     Means of the metrics `also` stand beside it in the tables.
     `flops` is the share of the control's operations at equal epochs that each run gets at equal operations. With
     `test` runs are judged on `data("test")`, which each of them sees once, at its end. `subject` is a contender that
@@ -90,10 +94,14 @@ class Study:
     subject: str = ""
     tune: Tuning | None = None
     also: tuple[str, ...] = ()
+    is_lower_better: bool = False
 
     def trials(self) -> Iterator[Trial]:
-        """Every run, seed by seed; the control once a seed where its operations are the budget of the others."""
-        for seed, budget in itertools.product(self.seeds, self.budgets):
+        """Every run, seed by seed; the control once a seed where its operations are the budget of the others.
+
+        Those of equal epochs come first: from some the operations of the others are known.
+        """
+        for seed, budget in itertools.product(self.seeds, sorted(self.budgets)):
             for contender in self.contenders:
                 if contender.method != CONTROL:
                     yield from (Trial(contender, sparsity, seed, budget) for sparsity in self.sparsities)
@@ -149,6 +157,9 @@ def read_study(path: Path) -> Study:
         subject=_text(facts, "subject", where) if "subject" in facts else "",
         tune=_tuning(_table(facts, "tune", path), where) if "tune" in facts else None,
         also=tuple(_list(facts, "also", str, where)) if "also" in facts else (),
+        is_lower_better=_flag(
+            facts.get("lower_is_better", is_lower_better(str(facts["metric"]))), "lower_is_better", where
+        ),
     )
     _check(study, where)
     return study

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gapfx.compare.outcomes import Duel, Outcome, Row, duels_of, rows_of
+from gapfx.compare.statistics import Difference
 from gapfx.compare.study import Budget, Study
 from gapfx.quantities import format_bytes, format_count
 
@@ -35,16 +36,20 @@ Lines = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Tables:
-    """A table of rows a budget, and one of the study's subject against each other contender where it has a subject."""
+    """A table of rows a budget, and one of the study's subject against each other contender where it has a subject.
+
+    `num_runs` are the finished runs behind them, without those that chose learning rates.
+    """
 
     study: Study
     rows: Sequence[Row]
     duels: Sequence[Duel]
+    num_runs: int
 
     @staticmethod
     def of(study: Study, outcomes: Sequence[Outcome]) -> Tables:
         """What the finished runs came to."""
-        return Tables(study, rows_of(study, outcomes), duels_of(study, outcomes))
+        return Tables(study, rows_of(study, outcomes), duels_of(study, outcomes), len(outcomes))
 
     def budgets(self) -> list[Budget]:
         """Those that there are rows of."""
@@ -103,7 +108,17 @@ def _text(title: str, lines: Lines) -> str:
 def _duel_cells(duel: Duel) -> list[str]:
     found = duel.difference
     pairs = found.num_pairs
-    return [duel.name, str(pairs), f"{found.mean:+.4f}", f"{duel.num_won} of {pairs}", f"{found.p:.3f}"]
+    return [duel.name, str(pairs), f"{found.mean:+.4f}", f"{duel.num_won} of {pairs}", _p(found.p)]
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _of_fewer(row: Row, against: Difference) -> str:
+    """A difference is of the seeds that both have."""
+    num_seeds = len(row.value.values)
+    return f" ({against.num_pairs} of {num_seeds} seeds)" if against.num_pairs < num_seeds else ""
 
 
 def cells(row: Row) -> list[str]:
@@ -113,9 +128,9 @@ def cells(row: Row) -> list[str]:
         row.name,
         f"{row.sparsity:g}",
         f"{row.value.mean:.4f}",
-        f"{row.value.deviation:.4f}",
+        "" if row.value.deviation is None else f"{row.value.deviation:.4f}",
         ", ".join(f"{value:.4f}" for value in row.value.values),
-        f"{against.mean:+.4f}" if against else "",
+        f"{against.mean:+.4f}{_of_fewer(row, against)}" if against else "",
         f"{against.p:.2f}" if against else "",
         f"{row.epochs:.1f}",
         format_count(row.flops),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gapfx.direction import is_lower_better
 from gapfx.quantities import format_bytes, format_count, format_integer, format_number, format_seconds, format_share
 from gapfx.report.read_run import Run, Span, number, record
 
@@ -20,7 +21,6 @@ METHODS = {
     "static": "fixed random masks",
     "dense": "dense training, the control",
 }
-FALLING = ("loss", "error", "perplexity", "ppl", "wer", "mae", "mse", "nll", "bits_per")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def best_of(run: Run, name: str) -> tuple[int, float] | None:
     measured = [e for e in run.evaluations if name in e.metrics]
     sparsest = max((e.sparsity for e in measured if e.sparsity is not None), default=None)
     values = [(e.step, e.metrics[name]) for e in measured if sparsest is None or e.sparsity == sparsest]
-    pick = min if any(word in name.lower() for word in FALLING) else max
+    pick = min if is_lower_better(name) else max
     return pick(values, key=lambda item: item[1], default=None)
 
 

@@ -17,7 +17,10 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Span:
-    """Steps `start <= step < stop` of one phase, with the names of the groups that it grows and prunes."""
+    """Steps `start <= step < stop` of one phase, with the names of the groups that it grows and prunes.
+
+    Each of its replicas grows a part of them, as `Phase.grown_by` says.
+    """
 
     name: str
     start: int
@@ -25,6 +28,11 @@ class Span:
     grow: tuple[str, ...] = ()
     prune: tuple[str, ...] = ()
     round: int = 0
+    replicas: int = 1
+
+    def dense_at_once(self) -> list[tuple[str, ...]]:
+        """The groups that each replica grows."""
+        return [self.grow[replica :: self.replicas] for replica in range(self.replicas)]
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ def _planned_spans(plan: Plan) -> tuple[Span, ...]:
             tuple(names[index] for index in phase.grow),
             tuple(names[index] for index in phase.prune),
             phase.round,
+            phase.replicas,
         )
         for phase in plan.phases
     )

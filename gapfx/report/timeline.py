@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from gapfx.plan import Group
 from gapfx.quantities import format_count, format_share
 from gapfx.report.frame import fitting, group_hue, hue_style, in_every_width, steps_axis
 from gapfx.report.markup import Markup, glued, join, percent, tag
@@ -73,17 +75,23 @@ def dense_spans(run: Run, name: str) -> list[tuple[int, int]]:
 
 
 def live_share(run: Run, span: Span) -> float | None:
-    """Share of planned weights that live in the phase, by the plan: grown groups whole, others at their target."""
+    """Share of planned weights that live in the phase, by the plan: grown groups whole, others at their target.
+
+    Of replicas, that which has most.
+    """
     if run.plan is None:
         return None
     groups = run.plan.eased(run.spans.index(span) - 1).groups
     total = sum(group.numel for group in groups)
-    live = sum(
-        weight.numel * (1.0 if group.name in span.grow else 1 - weight.sparsity)
+    return max(_num_live(groups, dense) for dense in span.dense_at_once()) / total if total else None
+
+
+def _num_live(groups: Sequence[Group], dense: Collection[str]) -> float:
+    return sum(
+        weight.numel * (1.0 if group.name in dense else 1 - weight.sparsity)
         for group in groups
         for weight in group.weights
     )
-    return live / total if total else None
 
 
 def _row(run: Run, name: str, index: int, x: Scale, rows: Rows) -> Markup:
@@ -204,10 +212,11 @@ def _group_detail(run: Run, name: str) -> str:
 
 def _words(run: Run) -> str:
     num_prunes = sum(bool(span.prune) for span in run.spans)
-    most = max((len(span.grow) for span in run.spans), default=0)
+    most = max((len(dense) for span in run.spans for dense in span.dense_at_once()), default=0)
     if most == 0:
         return "no group is ever dense: the masks are fixed from the first step"
     if num_prunes == 0:
         return "never pruned"
     dense = "all groups are" if most == len(run.group_names) else f"at most {most} of {len(run.group_names)} groups is"
-    return f"{num_prunes} prune{'s' if num_prunes != 1 else ''}; {dense} dense at once"
+    where = " in each replica" if any(span.replicas > 1 for span in run.spans) else ""
+    return f"{num_prunes} prune{'s' if num_prunes != 1 else ''}; {dense} dense at once{where}"

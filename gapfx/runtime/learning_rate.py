@@ -25,7 +25,7 @@ def scaled(factor: LrFactor, scale: float) -> LrFactor:
 
 
 def factor_at(step: int, phase: Phase, num_steps: int, factor: LrFactor) -> float:
-    """The factor of a run's `step`: from the phase's own start where it restarts, else over the whole run."""
+    """The factor of a run's `step`: in the phase's own schedule where it restarts, else over the whole run."""
     if phase.lr == "restart":
-        return factor(step - phase.start, phase.num_steps)
+        return factor(phase.lr_skip + step - phase.start, phase.lr_steps or phase.num_steps)
     return factor(step, num_steps)

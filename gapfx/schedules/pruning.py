@@ -91,32 +91,44 @@ def gmp(budget: Budget, num_groups: int) -> Schedule:
 def imp(budget: Budget, num_groups: int) -> Schedule:
     """Iterative magnitude pruning with late rewinding (Frankle et al., ICML 2020): the search for lottery tickets.
 
-    After a tenth of the first training all weights are kept. Each training ends with a prune of the same share of what
-    is live, all weights go back to those kept, and what was not pruned is trained again, with its own learning rate.
+    All weights are kept as they are a tenth into the first training. Each training ends with a prune of the same share
+    of what is live; then all weights go back to those kept, the learning rate to what it was there, and what was not
+    pruned is trained again.
     """
     everything, count, length = tuple(range(num_groups)), budget.rounds * num_groups, budget.phase_steps
     if not budget.finetune_steps:
         raise UserError("imp needs a training after its last prune", fix="give --finetune-epochs above 0")
     early = max(1, length // 10)
     phases = [
-        Phase(
-            f"training {index + 1}",
-            start=index * length if index else early,
-            stop=(index + 1) * length,
-            grow=() if index else everything,
-            prune=everything,
-            round=index,
-            rewind=index > 0,
-            state="reset" if index else "carry",
-            depth=_imp_depth(budget.sparsity, (index + 1) / count),
+        _from_step(
+            early,
+            Phase(
+                f"training {index + 1}",
+                start=index * length if index else early,
+                stop=(index + 1) * length,
+                grow=() if index else everything,
+                prune=everything,
+                round=index,
+                rewind=index > 0,
+                state="reset" if index else "carry",
+                depth=_imp_depth(budget.sparsity, (index + 1) / count),
+            ),
         )
-        for index in range(count)
+        for index in range(0 if early < length else 1, count)
     ]
-    first = Phase("early weights", 0, early, everything, keep=True)
+    first = Phase("early weights", 0, early, everything, keep=True, lr_steps=length)
     if early == length:
-        first, phases = dataclasses.replace(phases[0], start=0, keep=True, state="reset"), phases[1:]
-    last = Phase("last training", count * length, count * length + budget.finetune_steps, round=count, rewind=True)
+        first = dataclasses.replace(
+            first, name="training 1", prune=everything, depth=_imp_depth(budget.sparsity, 1 / count)
+        )
+    stop = count * length + budget.finetune_steps
+    last = _from_step(early, Phase("last training", count * length, stop, round=count, rewind=True))
     return Schedule((first, *phases, last))
+
+
+def _from_step(step: int, phase: Phase) -> Phase:
+    """The phase with a learning rate that goes on from this step of a schedule."""
+    return dataclasses.replace(phase, lr_skip=step, lr_steps=step + phase.num_steps)
 
 
 def _imp_depth(sparsity: float, share: float) -> float:

@@ -121,6 +121,28 @@ def test_learning_rates_are_tuned_on_the_validation_data_and_runs_judged_on_the_
     assert rows(tmp_path)["gap", "epochs"]["value"]["values"] == [records["gap-0.8-0-epochs"]["test"]["accuracy"]]
 
 
+SNIP = STUDY.replace('"gap"', '"snip"').replace("[0, 1]", "[0]") + 'groups = 1\nallocation = "global"\n'
+
+
+def test_where_a_threshold_shares_out_the_zeros_operations_go_by_what_each_weight_has_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.toml").write_text(SNIP)
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "runs", "--parallel", 2) == 0
+    found = rows(tmp_path)
+    assert found["snip", "flops"]["flops"] == pytest.approx(found["dense", "flops"]["flops"], rel=0.05)
+    records = {r["name"]: r for r in map(json.loads, (tmp_path / "runs" / "runs.jsonl").read_text().splitlines())}
+    summary = json.loads((tmp_path / "runs" / "snip-0.8-0-epochs" / "summary.json").read_text())
+    shares = records["snip-0.8-0-epochs"]["shares"]
+    assert shares == {fqn: weight["kept"] / weight["numel"] for fqn, weight in summary["per_weight"].items()}
+    assert max(shares.values()) > 1.3 * min(shares.values())
+    assert records["dense-0-0-epochs"]["shares"] == {}
+    (tmp_path / "study.toml").write_text(SNIP.replace("seeds", 'budgets = ["flops"]\nseeds'))
+    capsys.readouterr()
+    assert gapfx("compare", tmp_path / "study.toml", "--out", tmp_path / "other") == 2
+    assert "what snip-0.8-0-flops costs is told by snip-0.8-0-epochs, which is not there" in capsys.readouterr().err
+
+
 def test_runs_of_other_settings_are_not_mixed_in(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 2"))
     assert gapfx("compare", copied / "study.toml", "--out", copied / "runs") == 2

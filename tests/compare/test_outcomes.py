@@ -41,7 +41,8 @@ def test_the_best_learning_rate_is_that_of_the_best_metric_and_near_1_among_equa
     chosen = best_lr_scales(STUDY, outcomes)
     assert (chosen["dense"], chosen["gap"]) == (2.0, 1.0)
     assert chosen["set"] in (0.5, 2.0)
-    assert best_lr_scales(dataclasses.replace(STUDY, metric="loss"), outcomes) == {"dense": 0.5, "gap": 2.0, "set": 1.0}
+    falling = dataclasses.replace(STUDY, metric="ppl", is_lower_better=True)
+    assert best_lr_scales(falling, outcomes) == {"dense": 0.5, "gap": 2.0, "set": 1.0}
 
 
 def test_tuning_runs_count_for_nothing_else() -> None:
@@ -56,7 +57,7 @@ def test_a_duel_pairs_the_subject_with_each_other_method_over_sparsities_and_see
 
 
 def test_less_of_a_loss_wins_a_duel() -> None:
-    study = dataclasses.replace(STUDY, metric="loss")
+    study = dataclasses.replace(STUDY, metric="loss", is_lower_better=True)
     (duel,) = duels_of(study, trained(lambda t: 0.5 - 0.1 * (t.contender.name == "gap"), study))
     assert duel.num_won == 4
 

@@ -10,7 +10,7 @@ from gapfx.compare.statistics import Spread, paired
 def test_mean_and_sample_deviation() -> None:
     assert Spread((1.0, 2.0, 3.0)).mean == 2
     assert Spread((1.0, 2.0, 3.0)).deviation == 1
-    assert Spread((5.0,)).deviation == 0
+    assert Spread((5.0,)).deviation is None
 
 
 @pytest.mark.parametrize(

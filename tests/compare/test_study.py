@@ -31,6 +31,22 @@ def read(tmp_path: Path, text: str) -> Study:
     return read_study(path)
 
 
+@pytest.mark.parametrize(
+    ("metric", "line", "is_lower"),
+    [
+        ("accuracy", "", False),
+        ("ppl", "", True),
+        ("score", "lower_is_better = true", True),
+        ("mae", "lower_is_better = false", False),
+    ],
+)
+def test_a_metric_falls_or_rises_by_its_name_unless_the_file_says(
+    metric: str, line: str, is_lower: bool, tmp_path: Path
+) -> None:
+    study = read(tmp_path, GOOD.replace('"accuracy"', f'"{metric}"\n{line}'))
+    assert study.is_lower_better is is_lower
+
+
 def test_the_control_is_trained_once_a_seed_and_all_else_once_a_budget(tmp_path: Path) -> None:
     study = read(tmp_path, GOOD)
     names = [trial.name for trial in study.trials()]

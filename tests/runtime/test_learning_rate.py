@@ -40,3 +40,11 @@ def test_a_phase_restarts_the_factor_or_goes_on(lr: str, seen: tuple[int, int]) 
     phase = Phase("p", 20, 30, lr="restart" if lr == "restart" else "continue")
     assert factor_at(23, phase, 50, lambda step, num_steps: calls.append((step, num_steps)) or 0.25) == 0.25
     assert calls == [seen]
+
+
+def test_a_part_of_a_schedule_goes_on_where_the_other_part_ended() -> None:
+    early, rest = Phase("early", 0, 4, lr_steps=40), Phase("rest", 4, 40, lr_skip=4, lr_steps=40)
+    again = Phase("again", 40, 76, lr_skip=4, lr_steps=40)
+    whole = [warmup_cosine(step, 40) for step in range(40)]
+    assert [factor_at(step, early if step < 4 else rest, 90, warmup_cosine) for step in range(40)] == whole
+    assert [factor_at(step, again, 90, warmup_cosine) for step in range(40, 76)] == whole[4:]
