@@ -14,6 +14,17 @@ def keep(state: TrainState, fqns: Iterable[str]) -> None:
         state.aside[fqn] = dense_slice(state, state.weights, fqn).clone()
 
 
+def keep_taken(state: TrainState, fqns: Iterable[str]) -> None:
+    """Keep the weights as they are before a prune takes some of them; of those that are masked, what was kept of them.
+
+    So what several prunes of one turn take, one after the other, is kept as each of them found it.
+    """
+    for fqn in fqns:
+        own = dense_slice(state, state.weights, fqn)
+        kept = state.aside.get(fqn, own)
+        state.aside[fqn] = own.where(unpack(state.bits[fqn], own.shape), kept).clone()
+
+
 def rewind(state: TrainState) -> None:
     """Give every weight the value that it had when it was kept, where its mask of now lets it live.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gapfx.criterion import CRITERIA, ByGradient, Criterion, is_elementwise, is_ordinal
 from gapfx.errors import AuditError, DivergedError, UserError
-from gapfx.masks import count_kept, digest, pack
+from gapfx.masks import count_kept, digest, pack, unpack
 from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Plan, Weight
 from gapfx.runtime.aside import keep
@@ -27,6 +27,7 @@ from gapfx.runtime.state import BYTE, Spread, TrainState, dense_slice, live_slic
 
 Gradients = Mapping[str, Tensor]
 NO_GRADIENTS: Gradients = {}
+_LOWEST = -(2**40)  # of scores that are whole numbers; blocks add them up
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,6 @@ def _prune(state: TrainState, weight: Weight, mask: Tensor) -> PrunedWeight:
     lost, had = state.peers.total(torch.stack([value[~mask].square().sum(), value.square().sum()]))
     set_mask(state, fqn, mask)
     own = state.sparse_bits[fqn]
-    state.explored[fqn] = state.explored[fqn] | own
     changed, kept = state.peers.total(torch.tensor([count_kept(before ^ own), count_kept(own)])).tolist()
     delta2 = float(lost / had.clamp_min(torch.finfo(value.dtype).tiny))
     return PrunedWeight(weight.numel, kept, weight.sparsity, changed, delta2)
@@ -254,8 +254,21 @@ def _slice_score(state: TrainState, fqn: str, scoring: Scoring) -> Tensor:
     """Flat scores of this rank's slice."""
     score_of, draw, (start, stop) = scoring.of(fqn), scoring.draw(fqn), state.bounds(fqn)
     if is_elementwise(score_of):
-        return score_of(dense_slice(state, state.weights, fqn), draw)
-    return score_of(whole(state, state.weights, fqn), draw).flatten()[start:stop]
+        return _masked_last(state, fqn, score_of(dense_slice(state, state.weights, fqn), draw))
+    return _masked_last(state, fqn, score_of(whole(state, state.weights, fqn), draw)).flatten()[start:stop]
+
+
+def _masked_last(state: TrainState, fqn: str, score: Tensor) -> Tensor:
+    """What an earlier prune has taken does not come back with a later one, whatever the criterion says of a zero.
+
+    Scores of this rank's slice, or of the whole weight (collective).
+    """
+    if state.num_live(fqn) == state.layout[fqn].numel:
+        return score
+    is_whole = score.numel() == state.layout[fqn].numel
+    live = unpack(whole_bits(state, fqn) if is_whole else state.bits[fqn], score.shape)
+    lowest = -math.inf if score.is_floating_point() else _LOWEST
+    return (score if score.is_floating_point() else score.long()).masked_fill(~live, lowest)
 
 
 def _new_mask(state: TrainState, weight: Weight, scoring: Scoring) -> Tensor:
@@ -263,11 +276,11 @@ def _new_mask(state: TrainState, weight: Weight, scoring: Scoring) -> Tensor:
     score_of, pattern = scoring.of(weight.fqn), parse_pattern(weight.pattern)
     draw, (start, stop) = scoring.draw(weight.fqn), state.bounds(weight.fqn)
     if is_elementwise(score_of) and isinstance(pattern, SlicedPattern):
-        score = score_of(dense_slice(state, state.weights, weight.fqn), draw)
+        score = _masked_last(state, weight.fqn, score_of(dense_slice(state, state.weights, weight.fqn), draw))
         _check_scores(score, weight.fqn, state, state.peers)
         top = partial(top_of_slices, peers=state.peers)
         return pattern.mask_slice(score, weight.shape, weight.sparsity, top)
-    score = score_of(whole(state, state.weights, weight.fqn), draw)
+    score = _masked_last(state, weight.fqn, score_of(whole(state, state.weights, weight.fqn), draw))
     _check_scores(score, weight.fqn, state, Peers())
     return pattern.mask(score, weight.sparsity).flatten()[start:stop]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gapfx.criterion import CRITERIA, ByGradient
 from gapfx.plan import Plan
-from gapfx.runtime.aside import keep, regrow_saved, rewind
+from gapfx.runtime.aside import keep, keep_taken, regrow_saved, rewind
 from gapfx.runtime.engine import buffers_of
 from gapfx.runtime.exchange import take_state
 from gapfx.runtime.gradients import dense_gradients
@@ -27,7 +27,7 @@ from gapfx.runtime.grow_prune import (
 )
 from gapfx.runtime.memory import returning_memory
 from gapfx.runtime.ranks import Peers
-from gapfx.runtime.regrow import regrowth
+from gapfx.runtime.regrow import check_warmup, regrowth
 from gapfx.runtime.replicas import Merge, for_team
 from gapfx.runtime.rewire import rewire
 from gapfx.runtime.skeleton import hollow, skeleton_of
@@ -79,6 +79,7 @@ def train(job: Job, state: TrainState) -> TrainState:
     Raises Interrupted after a checkpoint when `should_stop` says so on any rank, DivergedError on a loss that is not
     finite, AuditError when ranks disagree or a pruned weight is not zero.
     """
+    check_warmup(job.plan, job.regrow_warmup)
     skeleton, began = skeleton_of(job.module), time.monotonic()
     everyone, teams = all_in_one_team(), dict[int, Team]()
     for index, phase in enumerate(job.plan.phases):
@@ -116,7 +117,8 @@ def _run_phase(run: PhaseRun, state: TrainState) -> None:
 def prune_phase(run: PhaseRun, state: TrainState) -> dict[str, PrunedWeight]:
     """Keep aside what the phase keeps, and prune (collective)."""
     phase = run.phase
-    keep(state, state.weights if phase.keep else run.saves)
+    keep(state, state.weights if phase.keep else ())
+    keep_taken(state, () if phase.keep else run.saves)
     if phase.prune:
         Softening.of(run.job.plan, phase).settle(state)
     return prune(state, run.plan, phase.prune, run.job.seed, _gradients(run, state))

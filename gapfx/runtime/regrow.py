@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gapfx.errors import UserError
 from gapfx.masks import unpack
+from gapfx.plan import Plan
 from gapfx.runtime.engine import Engine
 from gapfx.runtime.shards import scalars
 from gapfx.runtime.state import TrainState, joined_bits
@@ -123,6 +124,19 @@ def regrowth(engine: Engine, state: TrainState, fqns: list[str], start: int, num
         for hook in hooks:
             hook.remove()
         made.grown.clear()
+
+
+def check_warmup(plan: Plan, num_steps: int) -> None:
+    """Raise UserError where a group would lose weights again before their ramp of `num_steps` is over.
+
+    The ramp goes over one phase; where a group is pruned in several steps, the first of them is such a phase.
+    """
+    for phase in plan.phases:
+        if phase.grow and phase.depth < 1 and phase.start and phase.num_steps < num_steps:
+            raise UserError(
+                f"new weights warm up over {num_steps} steps, but {phase.name!r} prunes after {phase.num_steps}",
+                fix=f"give --regrow-warmup of at most {phase.num_steps}, longer phases, or fewer steps of --landing",
+            )
 
 
 def _betas_of(optimizer: torch.optim.Optimizer) -> list[Betas]:

@@ -19,7 +19,7 @@ from gapfx.ops.expand import dense_of, packed_of
 from gapfx.runtime.ranks import Peers
 
 Scalar = float | int
-Owed = Literal["", "trained", "pruned"]
+Owed = Literal["", "trained", "pruned", "end"]
 BYTE = 8
 
 
@@ -66,7 +66,7 @@ class TrainState:
     sparse_bits, the mask when the weight was last sparse; explored, bits of weights that were live in any phase so
     far; aside, dense fp32 values that were kept for a later phase (see gapfx.runtime.aside).
     `step` counts optimizer steps done. `owed` is the evaluation of that step which is still to be made: as the weights
-    were trained, which at a phase's end is before its prune, or pruned.
+    were trained, which at a phase's end is before its prune, or pruned; or the phase's end, without one.
     """
 
     layout: dict[str, Spread]

@@ -149,10 +149,7 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
     no state in between), DivergedError on a loss that is not finite.
     """
     softening = Softening.of(run.job.plan, run.phase)
-    if state.owed:
-        with softening.around(engine, state.step):
-            _evaluate(run, engine.module, state)
-        stop_if_owed(state)
+    _evaluate_owed(run, engine, state, softening)
     job, phase, pace = run.job, run.phase, run.job.pace
     dtype = torch.bfloat16 if job.engine.dtype == "bf16" else None
     device = local_device()
@@ -191,10 +188,21 @@ def train_steps(run: PhaseRun, engine: Engine, state: TrainState) -> None:
                 with softening.around(engine, state.step):
                     _evaluate(run, engine.module, state)
         stop = stop or bool(state.owed)
+        if stop and is_last:
+            state.owed = state.owed or "end"  # its prune, also where nothing is evaluated before
         if is_whole and (stop or (not is_last and _is_due(state.step, pace.checkpoint))):
             _save(run, engine, state)
         if stop:
             raise _stopped(state)
+
+
+def _evaluate_owed(run: PhaseRun, engine: Engine, state: TrainState, softening: Softening) -> None:
+    """Make the evaluation that a stop has left; the end of a phase, which may be owed too, comes after its steps."""
+    if state.owed == "trained":
+        with softening.around(engine, state.step):
+            _evaluate(run, engine.module, state)
+        stop_if_owed(state)
+    state.owed = ""
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -79,25 +79,23 @@ def test_imp_goes_back_to_the_early_weights_under_ever_smaller_masks(tmp_path: P
     assert [count / total for count in live] == pytest.approx([0.1 ** (k / 6) for k in range(1, 7)], abs=0.002)
 
 
-@pytest.mark.parametrize("method", ["gap", "acdc"])
-def test_saved_growth_brings_back_what_the_last_prune_has_taken(
-    method: str, tmp_path: Path, phases: list[Boundary]
+@pytest.mark.parametrize("flags", [("gap",), ("acdc",), ("gap", "--landing", 4)])
+def test_saved_growth_brings_back_what_the_prunes_since_the_last_growth_have_taken(
+    flags: tuple[object, ...], tmp_path: Path, phases: list[Boundary]
 ) -> None:
-    train(tmp_path / "run", "--method", method, "--growth", "saved")
+    train(tmp_path / "run", "--growth", "saved", "--method", *flags)
     saved: dict[str, Tensor] = {}
     num_back = 0
     for each in phases:
-        grown = [fqn for fqn, mask in each.masks["start"].items() if bool(mask.all())]
-        for fqn in grown:
+        for fqn in [fqn for fqn, mask in each.masks["start"].items() if bool(mask.all())]:
             value = each.values["start"][fqn]
-            taken = saved.get(fqn)
-            if taken is not None:
-                was_masked = taken != 0
-                assert torch.equal(value[was_masked], taken[was_masked])
-                num_back += int(was_masked.sum())
-        if each.phase.prune:
-            for fqn in grown:
-                saved[fqn] = each.values["stop"][fqn] * ~each.masks["pruned"][fqn]
+            taken = saved.pop(fqn, torch.zeros_like(value))
+            was_masked = taken != 0
+            assert torch.equal(value[was_masked], taken[was_masked])
+            num_back += int(was_masked.sum())
+        for fqn, mask in each.masks["pruned"].items() if each.phase.prune else ():
+            taken = each.values["stop"][fqn] * (each.masks["start"][fqn] & ~mask)
+            saved[fqn] = saved[fqn] + taken if fqn in saved else taken
     assert num_back > 1000
 
 

@@ -133,6 +133,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path: Pat
         ("--state", "reset", "--phase-lr", "restart", "--dtype", "bf16"),
         ("--state", "carry", "--regrow-warmup", 3),
         ("--pattern", "2:4", "--sparsity", 0.5),
+        ("--method", "gmp"),
+        ("--landing", 4, "--growth", "saved"),
+        ("--method", "set", "--update-steps", 4),
     ],
 )
 def test_a_stopped_run_continues_bit_for_bit(
@@ -201,10 +204,13 @@ def _stop_after(patch: pytest.MonkeyPatch, num_steps: int) -> None:
 
 
 def _course(run: Path) -> list[tuple[Any, ...]]:
-    """Losses and metrics without times."""
-    return [(e["step"], e["loss"]) for e in events(run, "step")] + [
-        (e["step"], e["metrics"]) for e in events(run, "eval")
-    ]
+    """Losses, prunes and metrics without times."""
+    prunes = [(event["step"], str(event["groups"])) for event in events(run, "prune")]
+    return (
+        prunes
+        + [(e["step"], e["loss"]) for e in events(run, "step")]
+        + [(e["step"], e["metrics"]) for e in events(run, "eval")]
+    )
 
 
 def test_a_carried_optimizer_state_changes_the_run(tmp_path: Path) -> None:

@@ -204,3 +204,12 @@ def test_both_forms_end_in_the_same_bits(flags: tuple[object, ...], tmp_path: Pa
     assert_same_bits(*(trained(tmp_path / form, "--form", form, *flags) for form in ("masked", "compact")))
     plain = trained(tmp_path / "plain", "--regrow-warmup", 0, *flags)
     assert not torch.equal(weights(plain)["blocks.1.up.weight"], weights(tmp_path / "masked")["blocks.1.up.weight"])
+
+
+def test_a_ramp_that_a_partial_prune_would_cut_off_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--rounds", 1, "--phase-epochs", 0.5, "--finetune-epochs", 0.25, "--landing", 4)
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "cut", *flags, "--regrow-warmup", 3) == 2
+    assert "new weights warm up over 3 steps, but 'round 1 group 2' prunes after 2" in capsys.readouterr().err
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *flags, "--regrow-warmup", 2) == 0
