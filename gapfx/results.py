@@ -37,7 +37,7 @@ from gapfx.task import Task
 def write_results(
     task: Task, settings: Settings, run: RunDir, job: Job, state: TrainState, seconds: float
 ) -> dict[str, Any]:
-    """The summary, on every rank; rank 0 writes model.safetensors, summary.json and report.html.
+    """The summary, on rank 0, which writes model.safetensors, summary.json and report.html; nothing elsewhere.
 
     Raises Interrupted when a stop is asked for during the last evaluation.
     """

@@ -72,7 +72,7 @@ class Request:
 
 
 def run_training(task: Task, settings: Settings, request: Request) -> dict[str, Any]:
-    """Train on all ranks and give the summary back on each; rank 0 writes the files of the run directory."""
+    """Train on all ranks and give the summary back on rank 0, which writes the files of the run directory."""
     task.need("data", "loss")
     with process_group():
         return _run_in_group(task, settings, request)

@@ -25,6 +25,8 @@ INTRODUCTION = """# Results
 
 Made by `python tools/make_results.py --out RESULTS.md` from the records of runs in `examples/studies/*/runs.jsonl`.
 Each section names the command that trained them; with `--collect` it makes the page with the figures from the records.
+Kernels were chosen by their speed on the machine of the day. Runs of equal settings with other kernels, or with another
+version, differ by rounding at first and by as much as two seeds at the end.
 """
 
 

@@ -246,7 +246,7 @@ def _pool_masks(state: TrainState, pool: Sequence[Weight], scoring: Scoring) -> 
         return _slice_score(state, fqn, scoring)
 
     for weight in pool:
-        _check_scores(score(weight.fqn), weight.fqn, state, state.peers)
+        check_scores(score(weight.fqn), weight.fqn, state, state.peers)
     yield from top_of_all([partial(score, weight.fqn) for weight in pool], _num_planned(pool), state.peers)
 
 
@@ -277,15 +277,16 @@ def _new_mask(state: TrainState, weight: Weight, scoring: Scoring) -> Tensor:
     draw, (start, stop) = scoring.draw(weight.fqn), state.bounds(weight.fqn)
     if is_elementwise(score_of) and isinstance(pattern, SlicedPattern):
         score = _masked_last(state, weight.fqn, score_of(dense_slice(state, state.weights, weight.fqn), draw))
-        _check_scores(score, weight.fqn, state, state.peers)
+        check_scores(score, weight.fqn, state, state.peers)
         top = partial(top_of_slices, peers=state.peers)
         return pattern.mask_slice(score, weight.shape, weight.sparsity, top)
     score = _masked_last(state, weight.fqn, score_of(whole(state, state.weights, weight.fqn), draw))
-    _check_scores(score, weight.fqn, state, Peers())
+    check_scores(score, weight.fqn, state, Peers())
     return pattern.mask(score, weight.sparsity).flatten()[start:stop]
 
 
-def _check_scores(score: Tensor, fqn: str, state: TrainState, peers: Peers) -> None:
+def check_scores(score: Tensor, fqn: str, state: TrainState, peers: Peers) -> None:
+    """Raise DivergedError on every rank of `peers` for scores that are NaN on any (collective)."""
     num_nan = int(peers.total(score.isnan().sum()))
     if num_nan:
         raise DivergedError(

@@ -13,7 +13,7 @@ from gapfx.masks import count_kept, pack, unpack
 from gapfx.pattern import SlicedPattern, parse_pattern
 from gapfx.plan import Weight
 from gapfx.runtime.gradients import dense_gradients
-from gapfx.runtime.grow_prune import set_mask
+from gapfx.runtime.grow_prune import check_scores, set_mask
 from gapfx.runtime.seeds import generator
 from gapfx.runtime.select import top_of_slices
 from gapfx.runtime.state import TrainState, dense_slice
@@ -50,6 +50,8 @@ def _fresh_masks(run: PhaseRun, state: TrainState, number: int) -> dict[str, Ten
 
 def _rewired(state: TrainState, weight: Weight, drop: float, score: Tensor) -> Tensor:
     """Flat mask of this rank's slice (collective)."""
+    if score.is_floating_point():
+        check_scores(score, weight.fqn, state, state.peers)
     num_live = state.num_live(weight.fqn)
     is_live = unpack(state.bits[weight.fqn], score.shape)
     magnitude = dense_slice(state, state.weights, weight.fqn).abs().masked_fill(~is_live, -1)

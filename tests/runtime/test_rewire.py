@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gapfx.errors import Interrupted, UserError
+from gapfx.errors import DivergedError, Interrupted, UserError
 from gapfx.masks import unpack
 from gapfx.plan import Plan
 from gapfx.runtime import gradients, grow_prune, loop, rewire
@@ -202,6 +205,20 @@ def test_a_resumed_run_ends_in_the_same_bits(method: str, tmp_path: Path, monkey
         code = gapfx("sparsify", TASK, "--out", tmp_path / "cut", *FLAGS, *METHODS[method])
     assert code == Interrupted.exit_code
     assert_same_bits(whole_run, train(tmp_path / "cut", *METHODS[method], "--resume"))
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_with_its_weight_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rewire.dense_gradients
+
+    def spoiled(*arguments: Any) -> dict[str, Tensor]:
+        return {fqn: gradient.fill_(math.nan) for fqn, gradient in found(*arguments).items()}
+
+    monkeypatch.setattr(rewire, "dense_gradients", spoiled)
+    code = gapfx("sparsify", TASK, "--out", tmp_path / "run", *FLAGS, "--method", "rigl")
+    assert code == DivergedError.exit_code
+    assert re.search(r"\d+ of \d+ scores of stem.weight are NaN at step 8\n", capsys.readouterr().err)
 
 
 def test_a_pattern_without_shares_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
