@@ -94,25 +94,11 @@ class Feed:
         return iter(
             DataLoader(
                 self.data,
-                batch_sampler=list(self._indices(start, stop)),
+                batch_sampler=_Places(self, start, stop),
                 collate_fn=self.collate,
                 generator=generator(self.seed, start),
             )
         )
-
-    def _indices(self, start: int, stop: int) -> Iterator[list[int]]:
-        order, order_epoch = [], -1
-        for step in range(start, stop):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self._order(epoch), epoch
-            first = position * self.global_batch
-            for turn in range(self.accumulation):
-                at = first + (turn * self.world_size + self.rank) * self.micro_batch
-                yield order[at : at + self.micro_batch]
-
-    def _order(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.data), generator=generator(self.seed, epoch, -1)).tolist()
 
     def _stream_batches(self, start: int) -> Iterator[Any]:
         chunks_per_step = self.accumulation * self.world_size
@@ -141,6 +127,36 @@ class Feed:
                     )
                 yield chunk
             epoch += 1
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Indices of the samples of each micro-batch that a rank takes in [start, stop), worked out as they are asked for.
+
+    What is in memory is the order of one epoch, eight bytes a sample, whatever the number of steps is.
+    """
+
+    feed: Feed
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        feed, per_epoch = self.feed, self.feed.steps_per_epoch
+        order, order_epoch = torch.empty(0, dtype=torch.int64), -1
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self._order(epoch), epoch
+            first = position * feed.global_batch
+            for turn in range(feed.accumulation):
+                at = first + (turn * feed.world_size + feed.rank) * feed.micro_batch
+                yield order[at : at + feed.micro_batch].tolist()
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.feed.accumulation
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.feed.data), generator=generator(self.feed.seed, epoch, -1))
 
 
 def is_map_style(data: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from gapfx.errors import TaskError, UserError
 from gapfx.runtime.feed import DeviceLoader, Feed, is_map_style, to_model, whole_loader
+from gapfx.runtime.seeds import generator
 
 
 class Stream(IterableDataset[Tensor]):
@@ -120,6 +121,25 @@ def test_an_epoch_is_a_shuffle_without_repeats_and_the_next_one_another() -> Non
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = dataclasses.replace(feed, seed=1)
     assert taken(other, 0, 3) != taken(feed, 0, 3)
+
+
+def test_the_order_of_an_epoch_is_drawn_from_the_seed_and_its_number_alone() -> None:
+    for rank in (0, 1):
+        feed = Feed(list(range(26)), micro_batch=3, accumulation=2, world_size=2, rank=rank, seed=5)
+        micros = [micro[:-1] for step in taken(feed, 0, 5) for micro in step]
+        expected: list[list[int]] = []
+        for epoch in range(3):
+            order = torch.randperm(26, generator=generator(5, epoch, -1)).tolist()
+            expected += [order[at : at + 3] for at in (3 * rank, 6 + 3 * rank, 12 + 3 * rank, 18 + 3 * rank)]
+        assert micros == expected[: len(micros)]
+        assert len(micros) == 10
+
+
+def test_a_phase_begins_at_once_however_many_steps_it_has() -> None:
+    feed = Feed(list(range(26)), micro_batch=4, accumulation=2)
+    for start in (0, 10**12):
+        first = next(feed.steps(start, start + 10**12))
+        assert [values(batch) for batch in first] == [micro[:-1] for micro in taken(feed, start, start + 1)[0]]
 
 
 def test_a_stream_is_taken_in_its_own_order_and_anew_each_epoch() -> None:
