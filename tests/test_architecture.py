@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "repeats": ALLOWED_NOTHING,
     "passes": "errors registry allocation chains globs repeats plan pattern criterion masks ops capture layers "
     "block_flow owners compiler calibration lowered",
-    "runtime": "errors registry plan pattern criterion masks ops schedule threshold",
+    "runtime": "errors registry plan pattern criterion masks ops io schedule threshold",
     "settings": "errors",
     "direction": ALLOWED_NOTHING,
     "task": "errors registry",

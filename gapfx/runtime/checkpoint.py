@@ -14,16 +14,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gapfx.errors import CheckpointError
+from gapfx.io.container import Entry, write_tensors
 from gapfx.runtime.ranks import Peers, on_each, on_first
 from gapfx.runtime.slice_files import TABLES, read_slices, slice_file
 from gapfx.runtime.state import OptimizerState, Spread, TrainState
@@ -135,19 +136,20 @@ def _put_back(directory: Path) -> None:
 
 def _write_slices(directory: Path, state: TrainState) -> None:
     path = directory / slice_file(state.peers.rank)
-    # safetensors refuses tensors that share memory (a mask that is also the last sparse mask), hence the clones.
-    save_file({name: tensor.contiguous().clone() for name, tensor in _tensors(state).items()}, path)
-    _sync(path)
+    # One after another, from where they are: an engine may hold as much again meanwhile.
+    write_tensors(path, _entries(state))
     facts = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (directory / f"{path.name}.json").write_text(json.dumps(facts))
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """What this rank writes: `table/FQN` -> tensor."""
+def _entries(state: TrainState) -> Iterator[Entry]:
+    """What this rank writes: `table/FQN`."""
     held = dict(zip(TABLES, (state.weights, state.bits, state.sparse_bits, state.explored, state.aside), strict=True))
     held |= {f"moment:{key}": moments for key, moments in state.optimizer.moments.items()}
     held |= {"buffers": state.buffers} if state.peers.rank == 0 else {}
-    return {f"{table}/{fqn}": tensor.cpu() for table, tensors in held.items() for fqn, tensor in tensors.items()}
+    for table, tensors in held.items():
+        for fqn, tensor in tensors.items():
+            yield Entry(f"{table}/{fqn}", tensor.dtype, tuple(tensor.shape), partial(Tensor.detach, tensor))
 
 
 def _finish(temporary: Path, final: Path, state: TrainState) -> None:

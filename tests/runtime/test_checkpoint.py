@@ -9,15 +9,15 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gapfx.errors import CheckpointError
+from gapfx.io.container import Entry, write_tensors
 from gapfx.masks import pack
 from gapfx.runtime import checkpoint
 from gapfx.runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -322,17 +322,17 @@ def test_one_file_that_is_damaged_makes_all_ranks_fall_back(tmp_path: Path) -> N
 def test_a_rank_that_cannot_write_is_the_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_ranks(2, lambda peers: save_checkpoint(tmp_path, at(peers, state_of(10)), keep=1))
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
+    def full(path: Path, entries: Iterable[Entry]) -> None:
         if "rank-00001" in path.name:
             raise OSError("no space on rank 1")
-        save_file(tensors, path)
+        write_tensors(path, entries)
 
     def save(peers: Peers) -> str:
         with pytest.raises(CheckpointError) as caught:
             save_checkpoint(tmp_path, at(peers, dataclasses.replace(state_of(10), step=20)), keep=1)
         return str(caught.value)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     messages = on_ranks(2, save)
     assert "no space on rank 1" in messages[0]
     assert messages[0] == messages[1]
