@@ -28,6 +28,10 @@ class Activations:
         at_once = self.micro_batch or max(1, self.batch // ranks)
         return self.num_bytes * at_once / self.samples
 
+    def forwards(self, ranks: int) -> float:
+        """How many such forwards a step takes on each of so many ranks; at least one micro-batch, or one sample."""
+        return max(self.micro_batch or 1, self.batch / ranks) / self.samples
+
 
 def kept_bytes(model: nn.Module, run: Callable[[nn.Module], object], value_bytes: int) -> int:
     """Bytes that autograd keeps of `run(model)`, each memory once, with `value_bytes` for a floating-point number.

@@ -174,8 +174,10 @@ def dense_estimate(plan: Plan, sizes: Sizes, setup: Setup) -> PhaseEstimate:
     return next(estimate(dense_plan(plan), sizes, dataclasses.replace(setup, has_masks=False, is_compact=False)))
 
 
-def step_seconds(plan: Plan, forward: ForwardFlops, estimates: Sequence[PhaseEstimate], profile: Profile) -> float:
-    """A step on a device: dense products of one micro-batch, then the traffic of a mean step."""
+def step_seconds(
+    plan: Plan, forward: ForwardFlops, estimates: Sequence[PhaseEstimate], profile: Profile, forwards: float = 1.0
+) -> float:
+    """A step on a device: dense products of so many such forwards, then the traffic of a mean step."""
     steps = max(1, plan.num_steps)
     traffic = sum(e.traffic * e.phase.num_steps for e in estimates) / steps
-    return training_flops(dense_plan(plan), forward) / steps / profile.flops + traffic / profile.bandwidth
+    return forwards * training_flops(dense_plan(plan), forward) / steps / profile.flops + traffic / profile.bandwidth

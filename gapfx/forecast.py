@@ -92,8 +92,9 @@ def _parts(
         yield _activation_line(setups, activations)
     if question.memory:
         yield _what_fits(plan, sizes, setups[0], question.memory)
-    if forward is not None:
-        yield from _costs(plan, sizes, setups, question, forward)
+    if forward is not None and activations is not None:
+        yield _operations_line(plan, setups, forward, activations)
+        yield from _times(plan, sizes, setups, question, forward, activations)
 
 
 def _phase_table(estimates: Sequence[PhaseEstimate]) -> str:
@@ -163,15 +164,27 @@ def _what_fits(plan: Plan, sizes: Sizes, setup: Setup, memory: float) -> str:
     return f"{format_bytes(memory)} a rank hold the model state of {told[0]} sparse, {told[1]} dense (powers of two)\n"
 
 
-def _costs(
-    plan: Plan, sizes: Sizes, setups: Sequence[Setup], question: Question, forward: ForwardFlops
+def _operations_line(plan: Plan, setups: Sequence[Setup], forward: ForwardFlops, activations: Activations) -> str:
+    """Of all steps, each on a rank's share of the batch."""
+    dense, sparse = training_flops(dense_plan(plan), forward), training_flops(plan, forward)
+    shares = [(each.ranks, activations.forwards(each.ranks)) for each in setups]
+    told = (f"{format_count(dense * n)} and {format_count(sparse * n)} on {ranks:,}" for ranks, n in shares)
+    return f"operations of a rank's training, dense and counted for the sparse form: {', '.join(told)} ranks"
+
+
+def _times(
+    plan: Plan,
+    sizes: Sizes,
+    setups: Sequence[Setup],
+    question: Question,
+    forward: ForwardFlops,
+    activations: Activations,
 ) -> Iterator[str]:
-    dense, sparse = (format_count(training_flops(each, forward)) for each in (dense_plan(plan), plan))
-    yield f"operations of a rank's training: {dense} dense, {sparse} counted for the sparse form"
     for setup in setups if question.profile else ():
         assert question.profile is not None
-        seconds = step_seconds(plan, forward, list(estimate(plan, sizes, setup)), question.profile)
+        estimates, forwards = list(estimate(plan, sizes, setup)), activations.forwards(setup.ranks)
+        seconds = step_seconds(plan, forward, estimates, question.profile, forwards)
         yield (
-            f"{setup.ranks} ranks like {question.profile.name}, a micro-batch each: "
+            f"{setup.ranks} ranks like {question.profile.name}, the batch of {activations.batch} shared: "
             f"{format_seconds(seconds)} a step with dense products and nothing hidden"
         )

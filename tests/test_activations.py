@@ -43,3 +43,9 @@ def test_a_rank_holds_those_of_its_micro_batch_and_of_one_sample_at_least() -> N
     kept = Activations(800, samples=8, batch=64)
     assert [kept.of_rank(ranks) for ranks in (1, 8, 64, 1024)] == [6400, 800, 100, 100]
     assert Activations(800, 8, 64, micro_batch=2).of_rank(8) == 200
+
+
+def test_a_step_takes_as_many_forwards_as_its_share_of_the_batch() -> None:
+    kept = Activations(800, samples=8, batch=64)
+    assert [kept.forwards(ranks) for ranks in (1, 2, 64, 1024)] == [8, 4, 1 / 8, 1 / 8]
+    assert [Activations(800, 8, 64, micro_batch=2).forwards(ranks) for ranks in (4, 64)] == [2, 1 / 4]

@@ -99,6 +99,8 @@ def test_time_is_that_of_products_and_of_traffic() -> None:
     sent = sum(each.traffic * each.phase.num_steps for each in estimates) / 40
     wanted = 3000 / profile.flops + sent / profile.bandwidth
     assert step_seconds(PLAN, forward, estimates, profile) == pytest.approx(wanted)
+    wanted = 4 * 3000 / profile.flops + sent / profile.bandwidth
+    assert step_seconds(PLAN, forward, estimates, profile, 4) == pytest.approx(wanted)
 
 
 def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:
@@ -114,8 +116,11 @@ def test_the_text_has_a_table_a_picture_and_the_ranks() -> None:
     assert "#" * 30 in text
     assert "for the backward: 2.00 MiB on 1, 512 KiB on 4 ranks" in text
     assert "191 MiB a rank hold the model state of" in text
-    assert "4 ranks like h100, a micro-batch each:" in text
-    assert "operations of a rank's training: 120 k dense, 120 k counted for the sparse form" in text
+    assert "4 ranks like h100, the batch of 16 shared:" in text
+    assert (
+        "operations of a rank's training, dense and counted for the sparse form: "
+        "240 k and 240 k on 1, 60,000 and 60,000 on 4 ranks" in text
+    )
 
 
 def test_a_profile_is_known_given_or_measured() -> None:

@@ -60,3 +60,24 @@ def test_a_last_batch_that_is_too_small_to_train_on_is_not_asked_for(tmp_path: P
         "def loss(model, batch): return nn.functional.cross_entropy(model(batch[0]), batch[1])\n"
     )
     assert main(["plan", str(task), "--batch-size", "8", "--groups", "1"]) == 0
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_operations_are_those_of_whole_steps_and_shared_by_the_ranks(
+    micro_batch: int, tmp_path: Path, capsys: Capsys
+) -> None:
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model(): return nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))\n"
+        "def data(split): return [torch.randn(50) for _ in range(32)]\n"
+        "def loss(model, batch): return model(batch).square().mean()\n"
+    )
+    flags = "--method static --sparsity 0.5 --groups 2 --phase-epochs 2 --finetune-epochs 1 --no-calibrate --ranks 1,4"
+    assert main(["plan", str(task), *flags.split(), "--batch-size", "16", "--micro-batch", str(micro_batch)]) == 0
+    # Two products of 50 x 50 forward and twice as much backward, two operations each, for 16 samples of ten steps.
+    assert (2 * 2500 * 3 * 2 * 16 * 10, 2 * 2500 * 3 * 2 * 16 * 10 / 4) == (4.8e6, 1.2e6)
+    wanted = "4.80 M and 2.40 M on 1, 1.20 M and 600 k on 4 ranks"
+    assert (
+        f"operations of a rank's training, dense and counted for the sparse form: {wanted}" in capsys.readouterr().out
+    )
