@@ -42,7 +42,7 @@ from pathlib import Path
 from tests.tasks.classify import *
 import gapfx.runtime.checkpoint as checkpoint, gapfx.runtime.loop as loop
 
-POINTS = {{"save": (checkpoint, "_sync"), "rename": (checkpoint, "_finish"), "exchange": (loop, "take_state"),
+POINTS = {{"save": (checkpoint, "write_tensors"), "rename": (checkpoint, "_finish"), "exchange": (loop, "take_state"),
            "merge": (loop, "prune")}}
 point, rank, count = os.environ.get("FAULT", "::").split(":")
 if point and os.environ.get("RANK") == rank:
