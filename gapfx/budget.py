@@ -77,3 +77,18 @@ class Schedule:
 
 ScheduleMaker = Callable[[Budget, int], Schedule]
 SCHEDULES: Registry[ScheduleMaker] = Registry("method")
+# Of schedules that say so: which of the settings that only some methods read they do read.
+READS: dict[ScheduleMaker, frozenset[str]] = {}
+
+
+def reads(*names: str) -> Callable[[ScheduleMaker], ScheduleMaker]:
+    """Decorator for a schedule that reads these of the settings in gapfx.method_settings.SOME, and no others.
+
+    On the command line the others are then refused. A schedule that does not say may read all of them.
+    """
+
+    def say(maker: ScheduleMaker) -> ScheduleMaker:
+        READS[maker] = frozenset(names)
+        return maker
+
+    return say

@@ -55,11 +55,14 @@ def train_task(
     source: Source, out: Path | None, plan: Path | None, *, show_passes: bool, resume: bool, force: bool
 ) -> int:
     """Train, as a rank when a launcher made this process one, else with as many ranks as the settings say."""
+    from gapfx.method_settings import check_read
     from gapfx.runtime.launch import is_rank, run_local_ranks, single_process_environment
 
     if resume and force:
         raise UserError("--resume and --force exclude each other", fix="continue the run or replace it")
     task, settings = source.load()
+    if plan is None:
+        check_read(settings.method, source.flags)
     if not is_rank():
         if settings.nproc > 1:
             return run_local_ranks(sys.argv[1:], settings.nproc)
@@ -72,6 +75,7 @@ def train_task(
         resume=resume,
         force=force,
         plan=plan,
+        flags=source.flags,
         observer=print_pass if show_passes else None,
     )
     summary = run_training(task, settings, request)

@@ -24,6 +24,8 @@ from gapfx.expectation import expect, why_nothing, with_blocks
 from gapfx.figure import MARKER, Sketch
 from gapfx.flops import ForwardFlops, count_forward
 from gapfx.forecast import Question, describe
+from gapfx.method_settings import check_read
+from gapfx.phasing import check_flags, with_phases
 from gapfx.plan import Plan
 from gapfx.quality import QualityWatch
 from gapfx.settings import Settings
@@ -38,7 +40,6 @@ from gapfx.training import (
     first_batches,
     make_feed,
     setup_of,
-    with_phases,
 )
 
 
@@ -83,11 +84,15 @@ def show_plan(
         settings = dataclasses.replace(settings, kernels="expand", calibrate=False)
     question = _question(forecast, settings) if forecast.ranks else None
     given = Plan.load(plan) if plan else None
+    if given is None:
+        check_read(settings.method, source.flags)
     emitter, sketch = Emitter() if files.graph else None, Sketch() if files.figure else None
     quality = QualityWatch()
     watchers = (quality, *(watcher for watcher in (emitter, sketch) if watcher))
     observer = print_pass if show_passes else None
     request = Request(Path(), explain=not as_json and not forecast.on_meta, observer=observer, watchers=watchers)
+    if plan is not None and given is not None:
+        check_flags(given, settings, _steps_per_epoch(task, settings, input_shapes), source.flags, str(plan))
     with torch.device("meta") if forecast.on_meta else contextlib.nullcontext():
         planned = _planned(task, settings, input_shapes, given, request, is_counted=question is not None)
     compiled, made = planned.compiled, planned.plan
@@ -109,6 +114,12 @@ def show_plan(
         *(f"note: {note}" for note in compiled.notes),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _steps_per_epoch(task: Task, settings: Settings, input_shapes: str) -> int:
+    """Of the data, 0 where the plan is made without it."""
+    has_data = task.data and task.loss and not input_shapes
+    return make_feed(task, settings, 0, 1).steps_per_epoch if has_data else 0
 
 
 def _question(forecast: Forecast, settings: Settings) -> Question:
@@ -133,7 +144,7 @@ def _planned(
     if task.data and task.loss and not input_shapes:
         feed, loss = make_feed(task, settings, rank=0, world_size=1), task.loss
         compiled = compile_task(task, settings, feed, given, request)
-        made = with_phases(compiled.plan, settings, feed)
+        made = with_phases(compiled.plan, settings, feed.steps_per_epoch)
     else:
         feed, loss, inputs = None, None, _inputs(task, input_shapes)
         options = dataclasses.replace(compile_options(settings), explain=request.explain)
@@ -151,8 +162,8 @@ def _planned(
             check=run if request.explain else None,
         )
         made = compiled.plan
-    if is_counted and not made.phases:
-        made = with_phases(made, settings, None)
+    if is_counted or made.phases:
+        made = with_phases(made, settings)
     numel = sum(parameter.numel() for parameter in compiled.module.parameters())
     planned = _Planned(compiled, made, Sizes.of(made, numel), setup_of(task, settings))
     if not is_counted:

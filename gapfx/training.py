@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from gapfx.errors import TaskError
 from gapfx.estimate import Setup
 from gapfx.metrics import metrics_on
 from gapfx.origin import fill_from
+from gapfx.phasing import check_flags, with_phases
 from gapfx.plan import Plan
 from gapfx.progress import SilentProgress, open_progress
 from gapfx.recording import Recording, rewound
@@ -32,7 +33,6 @@ from gapfx.runtime.checkpoint import check_model, load_checkpoint
 from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, optimizer_for, process_group
 from gapfx.runtime.evaluation import Evaluate
 from gapfx.runtime.feed import Feed, blaming_data, is_map_style, whole_loader
-from gapfx.runtime.grow_prune import check_prunes
 from gapfx.runtime.learning_rate import scaled, warmup_cosine
 from gapfx.runtime.loop import initial_state, train
 from gapfx.runtime.memory import keep_activations_alone, largest_activation, returning_memory
@@ -41,10 +41,8 @@ from gapfx.runtime.ranks import Peers, on_rank_0, told_by_rank_0
 from gapfx.runtime.rendezvous import is_restarted
 from gapfx.runtime.seeds import seed_everything
 from gapfx.runtime.skeleton import hollow, skeleton_of
-from gapfx.runtime.soften import check_softening
 from gapfx.runtime.steps import Job, Pace
 from gapfx.runtime.stop import stop_on_signal
-from gapfx.schedule import Budget, with_schedule
 from gapfx.settings import Settings
 from gapfx.sparse import Compiled, CompileOptions, compile_model
 from gapfx.task import Task
@@ -53,17 +51,17 @@ from gapfx.writers.offering import check_writers
 # Streams of random numbers outside of training steps, which take (seed, step >= 0, micro-batch).
 _MODEL_STREAM, _DATA_STREAM = -1, -2
 DEFAULT_LR = 1e-3
-STEPS_WITHOUT_DATA = 1000
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for beside the settings."""
+    """What the user asked for beside the settings; `flags` are those settings that the command line has named."""
 
     out: Path
     resume: bool = False
     force: bool = False
     plan: Path | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict[str, Any])
     explain: bool = False
     calibration_seconds: float = CompileOptions.calibration_seconds
     observer: Observer | None = None
@@ -88,13 +86,14 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
     if plan is None and request.plan is not None:
         plan = Plan.load(request.plan)
     feed = make_feed(task, settings, _rank(), torch.distributed.get_world_size())
+    if request.plan is not None:
+        check_flags(Plan.load(request.plan), settings, feed.steps_per_epoch, request.flags, str(request.plan))
     check_config(engine_options(settings, feed), feed.world_size)  # a mistake in it is told now
     # What kernels a run has is in its plan: nothing is measured again.
     asked = dataclasses.replace(settings, kernels="auto") if saved else settings
     with returning_memory():
         compiled = compile_task(task, asked, feed, plan, request)
-    plan = with_phases(compiled.plan, settings, feed)
-    check_softening(plan, settings.zero)
+    plan = with_phases(compiled.plan, settings, feed.steps_per_epoch)
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     optimizer_for(job.module, job.optimizer, job.engine)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
@@ -254,30 +253,6 @@ def compile_options(settings: Settings) -> CompileOptions:
         seed=settings.seed,
         passes=settings.passes,
     )
-
-
-def with_phases(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
-    """The plan with the phase table of the settings; a plan that brings its own phases keeps them.
-
-    Without data an epoch has `--steps-per-epoch`, or 1,000. Raises UserError for a table with prunes that a pattern or
-    the criterion cannot make.
-    """
-    phased = plan if plan.phases else _phased(plan, settings, feed)
-    check_prunes(phased)
-    return phased
-
-
-def _phased(plan: Plan, settings: Settings, feed: Feed | None) -> Plan:
-    epochs = settings.phase_epochs, settings.finetune_epochs
-    length = feed.steps_per_epoch if feed else settings.steps_per_epoch or STEPS_WITHOUT_DATA
-    phase_steps, finetune_steps = (round(number * length) for number in epochs)
-    fixed = settings.state, settings.replicas, settings.update_steps, settings.seed, settings.growth, settings.phase_lr
-    fixed += settings.landing, settings.exchange
-    budget = Budget(settings.rounds, phase_steps, finetune_steps, *fixed, is_trained=bool(settings.init))
-    made = with_schedule(plan, settings.method, budget)
-    # Weights that were trained already are worth more than chance.
-    is_chance = budget.is_trained and made.start_masks == "random"
-    return dataclasses.replace(made, start_masks=settings.criterion) if is_chance else made
 
 
 def _job(task: Task, settings: Settings, run: RunDir, feed: Feed, compiled: Compiled) -> Job:

@@ -62,6 +62,7 @@ MAY_IMPORT = {
     "block_flow owners compiler calibration lowered",
     "runtime": "errors registry plan pattern criterion masks ops io schedule threshold",
     "settings": "errors",
+    "method_settings": "errors budget schedules settings",
     "direction": ALLOWED_NOTHING,
     "task": "errors registry",
     "run_dir": "errors plan settings",
@@ -79,7 +80,8 @@ MAY_IMPORT = {
     "model_file": "errors io masks runtime",
     "results": "direction errors io plan masks settings task run_dir report model_file runtime",
     "metrics": "errors task runtime",
-    "training": "errors estimate metrics origin plan schedule settings task run_dir progress writers compiler sparse "
+    "phasing": "errors globs plan method_settings schedule settings runtime",
+    "training": "errors estimate metrics phasing origin plan settings task run_dir progress writers compiler sparse "
     "runtime recording results",
     "two_of_four": "plan",
     "origin": "errors io plan run_dir",
@@ -94,7 +96,8 @@ MAY_IMPORT = {
     "activations": "flops",
     "device_profile": "errors",
     "forecast": "activations device_profile errors plan flops estimate quantities text",
-    "compare": "direction errors plan schedule settings task run_dir quantities report results training flops runtime",
+    "compare": "direction errors method_settings phasing plan schedule settings task run_dir quantities report results "
+    "training flops runtime",
     "commands": EVERYTHING,
     "planning": EVERYTHING,
     "cli_flags": "settings",

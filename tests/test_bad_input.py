@@ -54,6 +54,8 @@ FLAG_MISTAKES = {
     "landing with restarts": (("--landing", 2, "--state", "reset"), "needs one learning rate and one optimizer state"),
     "exchange of all": (("--exchange", 1), "exchange 1.0 is not in [0, 1)"),
     "exchange to a fixed pattern": (("--exchange", 0.3, "--pattern", "2:4"), "of which no share can be dropped"),
+    "landing without growth": (("--method", "gmp", "--landing", 4), "the method gmp does not read --landing"),
+    "warm-up of exchanged weights": (("--method", "rigl", "--regrow-warmup", 50), "is for gap, rgap, pgap, acdc"),
     "unknown partition": (("--partition", "blcks"), "expected one of blocks, params, stages, random, by-hand"),
     "unknown pattern": (("--pattern", "tartan"), "unknown pattern 'tartan'"),
     "auto pattern without kernels": (("--pattern", "auto", "--form", "masked"), "the pattern auto goes by the kernels"),

@@ -85,6 +85,20 @@ def test_another_sparsity_keeps_the_largest_weights(trained: Path, tmp_path: Pat
         assert before[fqn][live].abs().min() >= before[fqn][~live].abs().max()
 
 
+def test_weights_under_a_plan_with_phases_are_masked_by_what_they_are_worth(
+    trained: Path, tmp_path: Path, began: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gapfx("plan", TASK, *SHORT, "--method", "static", "--sparsity", 0.9, "--json") == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text(capsys.readouterr().out)
+    assert '"start_masks": "random"' in plan.read_text()
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "run", "--plan", plan, "--init", trained) == 0
+    before = weights(trained)
+    for fqn in summary(tmp_path / "run")["per_weight"]:
+        live = began[fqn] != 0
+        assert before[fqn][live].abs().min() >= before[fqn][~live].abs().max()
+
+
 def test_a_plan_of_other_groups_grows_from_the_weights(trained: Path, tmp_path: Path) -> None:
     flags = ("--method", "gap", "--groups", 2, "--sparsity", 0.8, "--init", trained / "model.gapfx")
     assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *SHORT, *flags) == 0

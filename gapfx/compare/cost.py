@@ -14,10 +14,12 @@ from gapfx.compare.records import Records
 from gapfx.compare.study import CONTROL, Contender, Study, Trial
 from gapfx.errors import UserError
 from gapfx.flops import ForwardFlops, count_forward, training_flops
+from gapfx.method_settings import read_by
+from gapfx.phasing import with_phases
 from gapfx.plan import Plan
 from gapfx.settings import Settings
 from gapfx.task import Task
-from gapfx.training import Request, compile_task, first_batches, make_feed, with_phases
+from gapfx.training import Request, compile_task, first_batches, make_feed
 
 Load = Callable[[Mapping[str, Any]], tuple[Task, Settings]]
 
@@ -90,7 +92,7 @@ class Costs:
             feed = make_feed(task, quiet, 0, 1)
             with torch.random.fork_rng():
                 plan = compile_task(task, quiet, feed, None, Request(Path())).plan
-            self._plans[key] = with_phases(plan, quiet, feed), feed.steps_per_epoch
+            self._plans[key] = with_phases(plan, quiet, feed.steps_per_epoch), feed.steps_per_epoch
         return self._plans[key]
 
     def _shares(self, trial: Trial) -> Mapping[str, float]:
@@ -104,7 +106,8 @@ class Costs:
         return shares
 
     def _given(self, contender: Contender, sparsity: float) -> dict[str, Any]:
-        return {**self.study.settings, **contender.settings, "method": contender.method, "sparsity": sparsity}
+        shared = read_by(contender.method, self.study.settings)  # the same for all, though not all read it
+        return {**shared, **contender.settings, "method": contender.method, "sparsity": sparsity}
 
     def _control(self) -> Contender:
         found = next((c for c in self.study.contenders if c.method == CONTROL), None)

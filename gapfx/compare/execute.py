@@ -20,6 +20,7 @@ from gapfx.compare.records import live_shares, record_of
 from gapfx.compare.study import Trial
 from gapfx.errors import Interrupted, UserError
 from gapfx.flops import training_flops
+from gapfx.method_settings import as_read
 from gapfx.plan import Plan
 from gapfx.run_dir import RunDir
 from gapfx.runtime.stop import stop_on_signal
@@ -62,7 +63,7 @@ class Runner:
         if record is None and not run.config.is_file():
             return False
         _, settings = self.costs.load(self.costs.given(trial))
-        if not (record.is_of(settings) if record else run.settings() == settings):
+        if not (record.is_of(settings) if record else as_read(run.settings()) == as_read(settings)):
             raise UserError(
                 f"{folder} was made with other settings than the study has now",
                 fix="give another --out, or delete that run and its line in runs.jsonl",

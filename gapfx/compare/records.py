@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gapfx.errors import UserError
+from gapfx.method_settings import as_read
 from gapfx.run_dir import write_atomically
 from gapfx.settings import Settings, merge
 
@@ -38,8 +39,11 @@ class Record:
     shares: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def is_of(self, settings: Settings) -> bool:
-        """Whether the run was made with these settings; those that came later have their default in it."""
-        return merge(("", self.settings)) == settings
+        """Whether the run was made with these settings, as far as its method reads them.
+
+        Those that came later have their default in it.
+        """
+        return as_read(merge(("", self.settings))) == as_read(settings)
 
 
 @dataclass

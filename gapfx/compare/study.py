@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from gapfx.direction import is_lower_better
 from gapfx.errors import UserError
+from gapfx.method_settings import check_read
 from gapfx.schedule import SCHEDULES
 
 Budget = Literal["epochs", "flops"]
@@ -171,6 +172,7 @@ def _contender(name: str, own: object, where: str) -> Contender:
     settings = dict(cast(dict[str, Any], own))
     method = settings.pop("method", name)
     SCHEDULES[method]  # raises for a method that there is not
+    check_read(method, settings, f"{where}: [method.{name}]")
     return Contender(name, method, settings)
 
 

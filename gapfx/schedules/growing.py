@@ -6,13 +6,14 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from gapfx.budget import CONTINUED, SCHEDULES, Budget, Schedule, Turnover
+from gapfx.budget import CONTINUED, SCHEDULES, Budget, Schedule, Turnover, reads
 from gapfx.errors import UserError
 from gapfx.plan import Phase
 from gapfx.schedules.exchange import exchanged
 
 
 @SCHEDULES.register("gap")
+@reads("state", "phase_lr", "growth", "landing", "exchange", "regrow_warmup")
 def gap(budget: Budget, num_groups: int) -> Schedule:
     """Cyclic GaP (Ma et al., ICLR 2022): each group in turn grown to dense, trained, pruned; then a full fine-tune.
 
@@ -23,6 +24,7 @@ def gap(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("rgap")
+@reads("state", "phase_lr", "growth", "landing", "exchange", "regrow_warmup")
 def rgap(budget: Budget, num_groups: int) -> Schedule:
     """GaP with the groups of each round in random order, none twice in a row: the control for the cyclic order."""
     draw, orders = random.Random(budget.seed), list[list[int]]()
@@ -72,6 +74,7 @@ def _turn(budget: Budget, turnover: Turnover, index: int, turn: int, group: int)
 
 
 @SCHEDULES.register("pgap")
+@reads("state", "phase_lr", "growth", "replicas", "regrow_warmup")
 def pgap(budget: Budget, num_groups: int) -> Schedule:
     """Parallel GaP (same paper): replicas of one sparse model each grow another group, and are merged; then as `gap`.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from gapfx.budget import CONTINUED, RESTARTED, SCHEDULES, Budget, Schedule
+from gapfx.budget import CONTINUED, RESTARTED, SCHEDULES, Budget, Schedule, reads
 from gapfx.errors import UserError
 from gapfx.plan import Phase
 
 
 @SCHEDULES.register("dense")
+@reads()
 def dense(budget: Budget, num_groups: int) -> Schedule:
     """Every group dense from the first step to the last: the control that all sparse results are held against."""
     phase = Phase("dense", 0, budget.total_steps(num_groups), grow=tuple(range(num_groups)))
@@ -17,12 +18,14 @@ def dense(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("static")
+@reads()
 def static(budget: Budget, num_groups: int) -> Schedule:
     """Random masks, never changed."""
     return Schedule((Phase("static", 0, budget.total_steps(num_groups)),))
 
 
 @SCHEDULES.register("oneshot")
+@reads("state", "phase_lr")
 def oneshot(budget: Budget, num_groups: int) -> Schedule:
     """Train dense, prune everything once, fine-tune with fixed masks; weights that are trained are pruned at once."""
     everything, stop = tuple(range(num_groups)), budget.growing_steps(num_groups)
@@ -35,6 +38,7 @@ def oneshot(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("acdc")
+@reads("state", "growth", "regrow_warmup")
 def acdc(budget: Budget, num_groups: int) -> Schedule:
     """AC/DC (Peste et al., NeurIPS 2021, algorithm 1): all groups dense and all sparse in turn, and sparse at the end.
 
@@ -62,6 +66,7 @@ def acdc(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("gmp")
+@reads()
 def gmp(budget: Budget, num_groups: int) -> Schedule:
     """Gradual magnitude pruning (Zhu and Gupta, 2017, equation 1): dense at first, pruned further phase by phase.
 
@@ -88,6 +93,7 @@ def gmp(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("imp")
+@reads()
 def imp(budget: Budget, num_groups: int) -> Schedule:
     """Iterative magnitude pruning with late rewinding (Frankle et al., ICML 2020): the search for lottery tickets.
 
@@ -137,6 +143,7 @@ def _imp_depth(sparsity: float, share: float) -> float:
 
 
 @SCHEDULES.register("st3")
+@reads()
 def st3(budget: Budget, num_groups: int) -> Schedule:
     """ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023): soft thresholds, straight through to the gradients.
 
@@ -152,6 +159,7 @@ def st3(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("snip")
+@reads()
 def snip(budget: Budget, num_groups: int) -> Schedule:
     """SNIP (Lee et al., ICLR 2019): the weights that matter most to the loss of the first batch, and no others.
 

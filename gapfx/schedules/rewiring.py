@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from gapfx.budget import SCHEDULES, Budget, Schedule
+from gapfx.budget import SCHEDULES, Budget, Schedule, reads
 from gapfx.plan import Phase, RegrowRule
 from gapfx.schedules.exchange import falling
 
@@ -14,6 +14,7 @@ DROP = 0.3
 
 
 @SCHEDULES.register("set")
+@reads("update_steps")
 def set_(budget: Budget, num_groups: int) -> Schedule:
     """SET (Mocanu et al., 2018): every `update_steps` 30 % of the live weights are dropped, others regrown at random.
 
@@ -23,6 +24,7 @@ def set_(budget: Budget, num_groups: int) -> Schedule:
 
 
 @SCHEDULES.register("rigl")
+@reads("update_steps")
 def rigl(budget: Budget, num_groups: int) -> Schedule:
     """RigL (Evci et al., ICML 2020): as `set`, but those with the largest gradient of the dense weight are regrown.
 

@@ -44,6 +44,15 @@ def test_settings_that_came_after_a_record_have_their_default_in_it() -> None:
     assert not record.is_of(Settings(dense=("first",), lr_scale=2.0))
 
 
+def test_settings_that_the_method_does_not_read_make_no_other_run() -> None:
+    shared = dataclasses.replace(RECORD, settings=vars(Settings(method="gmp", update_steps=50)))
+    assert shared.is_of(Settings(method="gmp"))
+    assert not shared.is_of(Settings(method="rigl"))
+    assert not dataclasses.replace(RECORD, settings=vars(Settings(method="rigl", update_steps=50))).is_of(
+        Settings(method="rigl")
+    )
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"name": "gap"}', "3"])
 def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
     Records.read(tmp_path).add(RECORD)

@@ -133,6 +133,7 @@ def test_a_contender_has_a_method_and_settings_of_its_own(tmp_path: Path) -> Non
         ("[method.kept]", "[method.lost]", r"\[method.lost\] is not in methods"),
         ('"kept"]', '"kept"]\nbudgets = ["time"]', "budgets are"),
         ("[settings]", "[settings", "cannot be read"),
+        ('state = "carry"', "update_steps = 5", r"the method gap does not read --update-steps\n  where: .*method.kept"),
     ],
 )
 def test_a_mistake_is_one_message(old: str, new: str, message: str, tmp_path: Path) -> None:

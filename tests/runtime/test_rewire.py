@@ -23,8 +23,12 @@ from tests.runs import TASK, assert_same_bits, events, finish, gapfx, weights
 from tests.tasks import classify
 
 # 48 steps; updates every 8.
-FLAGS = ("--phase-epochs", 0.25, "--rounds", 2, "--finetune-epochs", 1.5, "--update-steps", 8)
-METHODS = {"set": ("--method", "set"), "rigl": ("--method", "rigl"), "gap": ("--method", "gap", "--exchange", 0.3)}
+FLAGS = ("--phase-epochs", 0.25, "--rounds", 2, "--finetune-epochs", 1.5)
+METHODS = {
+    "set": ("--method", "set", "--update-steps", 8),
+    "rigl": ("--method", "rigl", "--update-steps", 8),
+    "gap": ("--method", "gap", "--exchange", 0.3),
+}
 
 
 @dataclass
@@ -98,7 +102,7 @@ def test_the_smallest_live_weights_are_dropped_and_as_many_regrown_at_zero(
 
 
 def test_rigl_regrows_what_has_the_largest_gradient_of_the_dense_weight(tmp_path: Path, updates: list[Update]) -> None:
-    train(tmp_path / "run", "--method", "rigl")
+    train(tmp_path / "run", *METHODS["rigl"])
     num_grown = 0
     for update in updates:
         assert update.regrow == "gradient"
@@ -132,7 +136,7 @@ def test_one_group_at_a_time_is_dense_for_its_gradients(tmp_path: Path, monkeypa
 
 
 def test_set_regrows_others_than_rigl_and_each_update_draws_anew(tmp_path: Path, updates: list[Update]) -> None:
-    train(tmp_path / "run", "--method", "set")
+    train(tmp_path / "run", *METHODS["set"])
     assert {update.regrow for update in updates} == {"random"}
     grown = [update.after[fqn] & ~update.before[fqn] for update in updates[:2] for fqn in ("blocks.0.up.weight",)]
     assert grown[0].any()
@@ -141,7 +145,7 @@ def test_set_regrows_others_than_rigl_and_each_update_draws_anew(tmp_path: Path,
 
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_blocks_stay_blocks(method: str, tmp_path: Path, updates: list[Update]) -> None:
-    train(tmp_path / "run", "--method", method, "--pattern", "block:4x1")
+    train(tmp_path / "run", *METHODS[method], "--pattern", "block:4x1")
     for update in updates:
         for fqn, after in update.after.items():
             live = after.view(-1, 4, after.shape[1])
@@ -152,7 +156,7 @@ def test_blocks_stay_blocks(method: str, tmp_path: Path, updates: list[Update]) 
 
 
 def test_an_update_is_told_and_is_no_reason_to_evaluate(tmp_path: Path) -> None:
-    run = train(tmp_path / "run", "--method", "rigl", "--eval-epochs", 0)
+    run = train(tmp_path / "run", *METHODS["rigl"], "--eval-epochs", 0)
     assert [event["step"] for event in events(run, "eval")] == [48]
     phases = events(run, "phase")
     assert "drop" not in phases[0]
@@ -222,7 +226,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_with_its_weight_named(
 
 
 def test_a_pattern_without_shares_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = gapfx("sparsify", TASK, "--out", tmp_path / "run", *FLAGS, "--method", "rigl", "--pattern", "2:4")
+    code = gapfx("sparsify", TASK, "--out", tmp_path / "run", *FLAGS, *METHODS["rigl"], "--pattern", "2:4")
     assert code == UserError.exit_code
     assert "of which no share can be dropped and regrown" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
