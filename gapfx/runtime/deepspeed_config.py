@@ -125,9 +125,23 @@ def deepspeed_config(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     return _merged(own, given)
 
 
-def for_fewer_ranks(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file adds, without its accumulation, which it gives for all ranks and which is larger for some of them."""
-    return {**given, "gradient_accumulation_steps": AUTO}
+def without_flags(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file adds beside the things that flags decide, for an engine in which gapfx decides them otherwise.
+
+    That the file agrees with the flags is known before the first engine; it says nothing of engines for a gradient, for
+    an evaluation in fp32, or on some of the ranks.
+    """
+    return _without(given, "")
+
+
+def _without(given: Mapping[str, Any], above: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            result[name] = _without(cast(dict[str, Any], value), f"{above}{name}.")
+        elif f"{above}{name}" not in FLAGS:
+            result[name] = value
+    return result
 
 
 def own_config(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gapfx.errors import UserError
 from gapfx.ops.recompute import without_dense
-from gapfx.runtime.deepspeed_config import deepspeed_config, for_fewer_ranks, own_config
+from gapfx.runtime.deepspeed_config import deepspeed_config, own_config, without_flags
 from gapfx.runtime.memory import release_free_memory
 from gapfx.runtime.optimizers import OptimizerFactory, check_optimizer, make_optimizer
 from gapfx.runtime.rendezvous import init_method
@@ -50,7 +50,11 @@ class EngineOptions:
         """The same global batch on `size` ranks where these options are for `ranks`."""
         if size == ranks:
             return self
-        return replace(self, accumulation=self.accumulation * ranks // size, deepspeed=for_fewer_ranks(self.deepspeed))
+        return replace(self.beside_flags(), accumulation=self.accumulation * ranks // size)
+
+    def beside_flags(self) -> EngineOptions:
+        """The same with a file that may no longer contradict what these options are changed to."""
+        return replace(self, deepspeed=without_flags(self.deepspeed))
 
     def config(self, world_size: int) -> dict[str, Any]:
         """DeepSpeed's configuration."""

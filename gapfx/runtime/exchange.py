@@ -67,7 +67,7 @@ def evaluation_module(
     plan: Plan, skeleton: nn.Module, state: TrainState, live: frozenset[str], options: EngineOptions
 ) -> Generator[nn.Module]:
     """A fresh masked module in fp32 for forwards alone, which at stage 3 no rank holds whole (collective)."""
-    in_fp32 = replace(options, dtype="fp32")
+    in_fp32 = replace(options.beside_flags(), dtype="fp32")
     module = build_module(plan, skeleton, state, live, in_fp32)
     with for_evaluation(module.eval(), in_fp32) as ready:
         yield ready

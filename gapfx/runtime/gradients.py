@@ -23,7 +23,7 @@ def dense_gradients(run: PhaseRun, state: TrainState, groups: Iterable[int]) -> 
     The memory is that of a phase in which they grow. The state stays as it is.
     """
     groups = tuple(groups)
-    job = replace(run.job, optimizer=_plain_descent, engine=replace(run.job.engine, clip=0.0))
+    job = replace(run.job, optimizer=_plain_descent, engine=replace(run.job.engine.beside_flags(), clip=0.0))
     probe = replace(
         state,
         weights=dict(state.weights),

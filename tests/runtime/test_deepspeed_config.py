@@ -16,8 +16,10 @@ from gapfx.runtime.deepspeed_config import (
     deepspeed_config,
     own_config,
     read_deepspeed_file,
+    without_flags,
 )
 from gapfx.runtime.engine import EngineOptions
+from tests.runs import TASK, assert_same_bits, gapfx
 
 OWN = own_config(micro_batch=4, accumulation=2, world_size=2, clip=1.0, dtype="bf16", stage=2)
 
@@ -117,3 +119,36 @@ def test_a_file_that_agrees_for_all_ranks_serves_a_team_of_some_of_them() -> Non
     of_one = of_all.among(1, 2).config(1)
     assert (of_one["gradient_accumulation_steps"], of_one["train_batch_size"]) == (4, 32)
     assert of_all.among(2, 2) is of_all
+
+
+def test_what_flags_decide_is_no_part_of_what_a_file_adds_to_another_engine() -> None:
+    file = {**OWN, "wall_clock_breakdown": True, "bf16": {"enabled": True, "check_grad_overflow": True}}
+    left = without_flags(file)
+    assert left["bf16"] == {"check_grad_overflow": True}
+    assert left["zero_optimization"] == {k: v for k, v in OWN["zero_optimization"].items() if k != "stage"}
+    assert left["wall_clock_breakdown"] is True
+    assert not left.keys() & FLAGS.keys()
+    assert deepspeed_config(OWN, left) == deepspeed_config(OWN, file)
+
+
+AGREES = {
+    "gradient of dense weights": ("rigl", {"gradient_clipping": 1.0}, ("--clip", 1.0, "--update-steps", 8)),
+    "gradient at the start": ("snip", {"gradient_clipping": 0.5}, ("--clip", 0.5)),
+    "evaluation in fp32": (
+        "gap",
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+        ("--zero", 3, "--dtype", "bf16"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "file", "flags"), AGREES.values(), ids=AGREES)
+def test_a_file_that_agrees_with_the_flags_changes_no_bit_of_a_run(
+    method: str, file: dict[str, Any], flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(file))
+    run = ("--method", method, "--phase-epochs", 0.25, "--rounds", 1, "--finetune-epochs", 0.5, *flags)
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "plain", *run) == 0
+    assert gapfx("sparsify", TASK, "--out", tmp_path / "file", *run, "--deepspeed", path) == 0
+    assert_same_bits(tmp_path / "file", tmp_path / "plain")
