@@ -38,8 +38,8 @@ def elementwise(criterion: Criterion) -> Criterion:
 
 
 def is_elementwise(criterion: Criterion) -> bool:
-    """Whether the criterion was marked so."""
-    return criterion in _ELEMENTWISE
+    """Whether the criterion was marked so, or is one of a gradient."""
+    return isinstance(criterion, GivenGradient) or criterion in _ELEMENTWISE
 
 
 def ordinal(criterion: Criterion) -> Criterion:
@@ -67,15 +67,23 @@ class ByGradient:
 
     def given(self, gradient: Tensor) -> Criterion:
         """The criterion for a weight of that gradient; both may be a slice."""
-
-        def scores(weight: Tensor, generator: torch.Generator) -> Tensor:
-            return self.score(weight.detach(), gradient)
-
-        return elementwise(scores)
+        return GivenGradient(self.score, gradient)
 
     def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """Raise TypeError: there is no score without a gradient."""
         raise TypeError("this criterion needs a gradient: use given(gradient)")
+
+
+@dataclass(frozen=True, eq=False)
+class GivenGradient:
+    """A criterion for the weight of one gradient, as large as that: no set of marks may keep it."""
+
+    score: Callable[[Tensor, Tensor], Tensor]
+    gradient: Tensor
+
+    def __call__(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Score of the weight's shape."""
+        return self.score(weight.detach(), self.gradient)
 
 
 @CRITERIA.register("snip")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from gapfx.criterion import CRITERIA
+from gapfx.criterion import CRITERIA, ByGradient, is_elementwise, is_ordinal
 
 
 def draw(seed: int) -> torch.Generator:
@@ -40,3 +43,16 @@ def test_random_scores_come_from_the_generator_alone() -> None:
     torch.manual_seed(5)
     assert torch.equal(CRITERIA["random"](-weight, draw(1)), score)
     assert not torch.equal(CRITERIA["random"](weight, draw(2)), score)
+
+
+def test_a_criterion_of_a_gradient_scores_elements_and_lets_go_of_the_gradient() -> None:
+    snip, gradient = CRITERIA["snip"], torch.tensor([2.0, -3.0, 0.0])
+    assert isinstance(snip, ByGradient)
+    given = snip.given(gradient)
+    assert torch.equal(given(torch.tensor([1.0, 0.5, 9.0]), draw(0)), torch.tensor([2.0, 1.5, 0.0]))
+    assert is_elementwise(given)
+    assert not is_ordinal(given)
+    held = weakref.ref(gradient)
+    del given, gradient
+    gc.collect()
+    assert held() is None
