@@ -20,9 +20,9 @@ from gapfx.errors import UserError
 from gapfx.ops.recompute import without_dense
 from gapfx.runtime.deepspeed_config import deepspeed_config, own_config, without_flags
 from gapfx.runtime.memory import release_free_memory
-from gapfx.runtime.optimizers import OptimizerFactory, check_optimizer, make_optimizer
+from gapfx.runtime.optimizers import Numbers, OptimizerFactory, check_optimizer, counted, make_optimizer, numbers_in
 from gapfx.runtime.rendezvous import init_method
-from gapfx.runtime.shards import EvenShards, FlatShards, Shards, WholeShards
+from gapfx.runtime.shards import EvenShards, FlatShards, Shards, WholeShards, numel_of, scalars
 from gapfx.runtime.teams import Team, all_in_one_team
 
 Dtype = Literal["fp32", "bf16"]
@@ -185,7 +185,12 @@ def compute_dtype(options: EngineOptions) -> torch.dtype:
 def optimizer_for(module: nn.Module, factory: OptimizerFactory, options: EngineOptions) -> torch.optim.Optimizer:
     """The task's optimizer for the module. Raises UserError for one that an engine with these options cannot have."""
     made = make_optimizer(factory, [p for p in module.parameters() if p.requires_grad])
-    check_optimizer(made, in_parts=bool(options.zero_stage) or options.is_live)
+    # Stage 3 calls it for each group, or each part of a large one, and shows it all groups every time.
+    part = options.beside_flags().config(1)["zero_optimization"].get("sub_group_size", 10**9)
+    has_parts = len(made.param_groups) > 1 or sum(map(numel_of, module.parameters())) > part
+    check_optimizer(
+        made, in_parts=bool(options.zero_stage) or options.is_live, in_turns=options.zero_stage == 3 and has_parts
+    )
     return made
 
 
@@ -217,6 +222,7 @@ class Engine:
         self.shards: Shards = _shards(zero, options.zero_stage, team.peers.rank)
         self.around: Callable[[], AbstractContextManager[object]] = nullcontext
         self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._made = [numbers_in(group) for group in self.optimizer.param_groups]
 
     def train_step(self, batches: Iterable[Any], loss: LossFunction, lr_factor: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
@@ -249,6 +255,11 @@ class Engine:
     def lr(self, lr_factor: float) -> float:
         """Learning rate of the first parameter group at this factor."""
         return self._base_lrs[0] * lr_factor
+
+    def scalars(self) -> list[Numbers]:
+        """For each parameter group the optimizer state that is one number, with what the group itself has counted."""
+        groups = zip(scalars(self.shards, self.optimizer), self.optimizer.param_groups, self._made, strict=True)
+        return [of_weights | counted(group, made) for of_weights, group, made in groups]
 
     def drop_gradients(self) -> None:
         """Free what only another step would need."""

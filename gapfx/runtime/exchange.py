@@ -23,7 +23,7 @@ from gapfx.runtime.engine import (
 )
 from gapfx.runtime.module_masks import put_bits, whole_bits_of
 from gapfx.runtime.ranks import Peers
-from gapfx.runtime.shards import make_state, moment_names, numel_of, read_part, scalars, write_part
+from gapfx.runtime.shards import make_state, moment_names, numel_of, read_part, write_part
 from gapfx.runtime.skeleton import module_from
 from gapfx.runtime.state import OptimizerState, TrainState, column, live_slice, own_part, whole, whole_bits
 from gapfx.runtime.teams import Team, all_in_one_team
@@ -114,7 +114,7 @@ def take_state(engine: Engine, state: TrainState, *, is_last: bool, with_optimiz
         _average(buffer, peers)
     state.buffers = {fqn: buffer.detach().cpu().clone() for fqn, buffer in buffers_of(engine.module)}
     names = moment_names(engine.shards, engine.optimizer) if with_optimizer else []
-    state.optimizer = OptimizerState({}, scalars(engine.shards, engine.optimizer) if with_optimizer else [])
+    state.optimizer = OptimizerState({}, engine.scalars() if with_optimizer else [])
     if is_last:
         engine.drop_gradients()
     for key in (*names, None):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gapfx.runtime.optimizers import Numbers, put_counted
 from gapfx.runtime.state import OptimizerState
 
 Fragment = tuple[int, Tensor | None]
@@ -137,23 +138,24 @@ def moment_names(shards: Shards, optimizer: Any) -> list[str]:
     return sorted({key for state in states for key, value in state.items() if _is_moment(value)})
 
 
-def scalars(shards: Shards, optimizer: Any) -> list[dict[str, tuple[float | int, bool]]]:
-    """For each parameter group the state that is one number, and whether it is kept as a tensor."""
-    found: dict[int, dict[str, tuple[float | int, bool]]] = {}
+def scalars(shards: Shards, optimizer: Any) -> list[Numbers]:
+    """For each parameter group the state of weights that is one number, and whether it is kept as a tensor."""
+    found: list[Numbers] = [{} for _ in optimizer.param_groups]
     for index, tensor in shards.stored():
-        group = found.setdefault(index, {})
         for key, value in optimizer.state.get(tensor, {}).items():
             if not _is_moment(value) and value is not None:
                 number = value.item() if isinstance(value, Tensor) else value
-                group.setdefault(key, (number, isinstance(value, Tensor)))
-    return [found[index] for index in sorted(found)]
+                found[index].setdefault(key, (number, isinstance(value, Tensor)))
+    return found
 
 
 def make_state(shards: Shards, optimizer: Any, state: OptimizerState) -> None:
     """Create the optimizer state that is otherwise made at the first step, moments at 0."""
+    pairs = zip(optimizer.param_groups, state.scalars, strict=True)
+    of_weights = [put_counted(group, held) for group, held in pairs]
     for index, tensor in shards.stored():
         group = optimizer.param_groups[index]
-        for key, (value, is_tensor) in state.scalars[index].items():
+        for key, (value, is_tensor) in of_weights[index].items():
             optimizer.state[tensor][key] = (
                 torch.tensor(float(value), device=_home(group, tensor)) if is_tensor else value
             )

@@ -28,7 +28,8 @@ class OptimizerState:
     """Optimizer state, free of how an engine stores it.
 
     `moments` maps a state's name (`exp_avg`) to FQN -> fp32 live values of this rank's slice; `scalars` holds, for each
-    parameter group, the states that are one number (`step`) and whether the optimizer keeps it as a tensor.
+    parameter group, the states that are one number (`step`) and whether the optimizer keeps it as a tensor; what steps
+    have changed in the group itself stands there as `group:NAME`.
     """
 
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
