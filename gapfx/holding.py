@@ -18,6 +18,7 @@ from gapfx.errors import UserError
 from gapfx.masks import fill_masked, pack, unpack
 from gapfx.pattern import parse_pattern
 from gapfx.plan import Phase, Plan, Weight
+from gapfx.runtime.grow_prune import check_prunes
 from gapfx.runtime.seeds import generator
 
 _STATE_VERSION = 1
@@ -39,8 +40,8 @@ def hold(
     those of the model inside of a data-parallel wrapper. A model that was loaded from a checkpoint goes on with the
     `state_dict()` of then as `state`: the masks that a plan starts with would zero what it has learned.
 
-    Raises UserError for a model without such parameters, an optimizer whose steps cannot be followed, and a plan that
-    needs gapfx's own runtime.
+    Raises UserError for a model without such parameters, an optimizer whose steps cannot be followed, a plan that
+    needs gapfx's own runtime, and one with prunes that a pattern cannot make.
     """
     if (masks is None) == (plan is None):
         raise UserError(
@@ -237,8 +238,14 @@ def _check_plan(plan: Plan) -> None:
         raise UserError("the plan has no phases", fix="make them: gapfx.with_schedule(plan, 'gap', gapfx.Budget(...))")
     plain = Phase("", 0, 1)
     keys = ("replicas", "drop", "growth", "keep", "rewind", "soften")
-    for phase in plan.phases:
-        strange = [key for key in keys if getattr(phase, key) != getattr(plain, key)]
-        if strange or plan.allocation == "global" or isinstance(CRITERIA[plan.criterion], ByGradient):
-            what = f"{strange[0]} of phase {phase.name!r}" if strange else "one threshold over a group, or a gradient,"
-            raise UserError(f"{what} needs gapfx's own runtime", fix="use `gapfx sparsify`, or gap, acdc or gmp")
+    strange = [(key, p.name) for p in plan.phases for key in keys if getattr(p, key) != getattr(plain, key)]
+    found = [f"{key} of phase {name!r}" for key, name in strange]
+    found += ["one threshold over a group"] if plan.allocation == "global" else []
+    found += [
+        f"the criterion {name!r}, which takes a gradient,"
+        for name in (plan.criterion, plan.start_masks)
+        if isinstance(CRITERIA[name], ByGradient)
+    ]
+    if found:
+        raise UserError(f"{found[0]} needs gapfx's own runtime", fix="use `gapfx sparsify`, or gap, acdc or gmp")
+    check_prunes(plan)

@@ -15,6 +15,7 @@ from gapfx.plan import Group, Phase, Plan, Weight
 
 A, B = Weight("0.weight", (16, 8), 0.75), Weight("2.weight", (4, 16), 0.75)
 PLAN = Plan((Group("first", (A,)), Group("last", (B,))), sparsity=0.75)
+TWO_OF_FOUR = Plan(tuple(Group(w.fqn, (dataclasses.replace(w, sparsity=0.5, pattern="2:4"),)) for w in (A, B)))
 
 
 def model_of() -> nn.Sequential:
@@ -177,6 +178,18 @@ def test_a_compiled_model_is_held_by_the_names_of_the_model_inside() -> None:
         (
             {"plan": dataclasses.replace(PLAN, criterion="snip", phases=(Phase("p", 0, 5),))},
             "a gradient, needs gapfx's own runtime",
+        ),
+        (
+            {"plan": gapfx.with_schedule(PLAN, "snip", gapfx.Budget(1, 5, 5))},
+            "the criterion 'snip', which takes a gradient, needs gapfx's own runtime",
+        ),
+        (
+            {"plan": dataclasses.replace(PLAN, allocation="global", phases=(Phase("p", 0, 5),))},
+            "one threshold over a group needs gapfx's own runtime",
+        ),
+        (
+            {"plan": gapfx.with_schedule(TWO_OF_FOUR, "gmp", gapfx.Budget(1, 5, 5))},
+            "0.weight has the pattern 2:4, which cannot be reached step by step",
         ),
     ],
 )
