@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gapfx.criterion import CRITERIA, ByGradient
 from gapfx.device_profile import Profile
 from gapfx.errors import UserError
 from gapfx.flops import ForwardFlops, live_shares, training_flops
@@ -57,6 +58,7 @@ class RankBytes:
 
     `gradients` with the fp32 copy of the rank's own part that DeepSpeed makes for its optimizer, `buckets` what it
     reduces gradients in at stage 3. `densified` is the largest weight made dense in a forward, no part of the state.
+    `aside` are fp32 weights that were kept for a later phase (see gapfx.runtime.aside).
     """
 
     values: float
@@ -66,18 +68,19 @@ class RankBytes:
     moments: float
     buckets: float
     densified: float
+    aside: float = 0.0
 
     @property
     def state(self) -> float:
         """Of the model state."""
-        return self.values + self.masks + self.gradients + self.masters + self.moments + self.buckets
+        return self.values + self.masks + self.gradients + self.masters + self.moments + self.buckets + self.aside
 
 
 @dataclass(frozen=True)
 class PhaseEstimate:
     """One phase: live share of the planned weights, bytes of a rank, bytes that a rank receives and sends in a step.
 
-    `scoring` is what a rank holds while gradients of a dense group are taken before the first step, 0 where none are.
+    `scoring` is what a rank holds while gradients of dense weights are taken before the first step, 0 where none are.
     """
 
     phase: Phase
@@ -96,11 +99,15 @@ def estimate(plan: Plan, sizes: Sizes, setup: Setup) -> Iterator[PhaseEstimate]:
     """Each phase of the plan, its largest replica."""
     check_setup(setup)
     numels = [group.numel for group in plan.groups]
-    for phase, replicas in live_shares(plan, {weight.fqn: weight.numel for weight in plan.weights()}):
+    phases = live_shares(plan, {weight.fqn: weight.numel for weight in plan.weights()})
+    start = _start_bytes(plan, sizes, setup)
+    for (phase, replicas), num_aside in zip(phases, _num_aside(plan, sizes), strict=True):
         live = max(sum(n * s for n, s in zip(numels, shares, strict=True)) for shares in replicas)
         count = (live if setup.is_compact else sizes.planned) + sizes.rest
-        rank = _rank_bytes(count, sizes, setup)
+        aside = _FP32 * num_aside / setup.ranks
+        rank = dataclasses.replace(_rank_bytes(count, sizes, setup), aside=aside)
         scoring = _scoring_bytes(plan, phase, replicas[0], sizes, setup)
+        scoring = max(scoring + aside if scoring else 0.0, start if phase.start == 0 else 0.0)
         yield PhaseEstimate(phase, live / max(1, sizes.planned), rank, _traffic(count, sizes, setup), scoring)
 
 
@@ -140,6 +147,26 @@ def _scoring_bytes(plan: Plan, phase: Phase, shares: Sequence[float], sizes: Siz
     return max(found)
 
 
+def _start_bytes(plan: Plan, sizes: Sizes, setup: Setup) -> float:
+    """Where start masks go by gradients: all dense in an engine without moments, weights and gradients beside it."""
+    if not isinstance(CRITERIA[plan.start_masks], ByGradient):
+        return 0.0
+    engine = _rank_bytes(sizes.planned + sizes.rest, sizes, dataclasses.replace(setup, moments=0))
+    return engine.state + _FP32 * (2 * sizes.planned + sizes.rest) / setup.ranks
+
+
+def _num_aside(plan: Plan, sizes: Sizes) -> Iterator[int]:
+    """Weights that are kept aside while each phase trains, on all ranks together."""
+    last = {group: at for at, phase in enumerate(plan.phases) if phase.growth == "saved" for group in phase.grow}
+    is_dense = set(plan.phases[0].grow if plan.phases and plan.phases[0].replicas == 1 else ())
+    held, is_all = set(last) - is_dense if plan.start_masks != "random" else set[int](), False
+    for index, phase in enumerate(plan.phases):
+        held -= set(phase.grow if phase.growth == "saved" else ())
+        yield sizes.planned + sizes.rest if is_all else sum(plan.groups[group].numel for group in held)
+        held |= {group for group in phase.prune if last.get(group, index) > index}
+        is_all = is_all or phase.keep
+
+
 def _traffic(count: float, sizes: Sizes, setup: Setup) -> float:
     """By ring collectives: each gathers or scatters (N - 1) / N of what it is about.
 
@@ -166,7 +193,7 @@ def smallest_ranks(plan: Plan, sizes: Sizes, setup: Setup, memory: float, most: 
 def dense_plan(plan: Plan) -> Plan:
     """The plan of dense training, as long, which a sparse one is held against."""
     phase = Phase("dense", 0, max(1, plan.num_steps), grow=tuple(range(len(plan.groups))))
-    return dataclasses.replace(plan, phases=(phase,))
+    return dataclasses.replace(plan, phases=(phase,), start_masks="random")
 
 
 def dense_estimate(plan: Plan, sizes: Sizes, setup: Setup) -> PhaseEstimate:

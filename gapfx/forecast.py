@@ -99,6 +99,7 @@ def _parts(
 
 def _phase_table(estimates: Sequence[PhaseEstimate]) -> str:
     kinds = ["values", "masks", "gradients", "masters", "moments", "buckets"]
+    kinds += ["aside"] * any(each.rank.aside for each in estimates)
     has_scoring = any(each.scoring for each in estimates)
     head = ["phase", "live", *kinds, "state", "densified", "traffic", *["scoring before"] * has_scoring]
     rows = [

@@ -92,7 +92,7 @@ MAY_IMPORT = {
     "bench": "errors io plan pattern masks kernels ops settings task run_dir doctor calibration runtime sparse "
     "training two_of_four loading",
     "flops": "plan",
-    "estimate": "device_profile errors plan flops runtime",
+    "estimate": "criterion device_profile errors plan flops runtime",
     "activations": "flops",
     "device_profile": "errors",
     "forecast": "activations device_profile errors plan flops estimate quantities text",

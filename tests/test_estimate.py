@@ -81,6 +81,29 @@ def test_rigl_needs_the_memory_of_its_updates_and_set_does_not() -> None:
     assert peaks["static"] == peaks["set"] < peaks["rigl"] < dense_estimate(PLAN, SIZES, Setup()).peak
 
 
+def test_weights_that_grow_to_saved_values_are_kept_aside_from_their_prune_on() -> None:
+    plan = with_schedule(PLAN, "gap", Budget(2, 10, 20, growth="saved"))
+    plain = list(estimate(with_schedule(PLAN, "gap", Budget(2, 10, 20)), SIZES, Setup(ranks=2)))
+    found = list(estimate(plan, SIZES, Setup(ranks=2)))
+    assert [each.rank.aside for each in found] == [0, 4 * 16_000 / 2, 4 * 16_000 / 2, 0, 0]
+    assert found[1].rank.state == plain[1].rank.state + 32_000
+    begun = list(estimate(dataclasses.replace(plan, start_masks="magnitude"), SIZES, Setup()))
+    assert [each.rank.aside for each in begun] == [*[4 * 16_000] * 3, 0, 0]
+
+
+def test_all_weights_are_kept_aside_once_early_ones_are() -> None:
+    found = list(estimate(with_schedule(PLAN, "imp", Budget(1, 10, 20)), SIZES, Setup(ranks=4, zero=3)))
+    assert [each.rank.aside for each in found] == [0, *[4 * 40_000 / 4] * (len(found) - 1)]
+
+
+def test_start_masks_by_gradients_hold_all_weights_dense_before_the_first_step() -> None:
+    found = list(estimate(with_schedule(PLAN, "snip", Budget(1, 10, 20)), SIZES, Setup()))
+    engine = 3 * 4 * 40_000 + 3 * 4_000
+    assert [each.scoring for each in found] == [engine + 4 * (40_000 + 32_000)]
+    assert found[0].peak == found[0].scoring > found[0].rank.state
+    assert dense_estimate(with_schedule(PLAN, "snip", Budget(1, 10, 20)), SIZES, Setup()).scoring == 0
+
+
 def test_the_fewest_ranks_that_hold_the_state() -> None:
     setup = Setup(zero=3)
     need = max(

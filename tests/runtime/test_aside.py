@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gapfx.estimate import Setup, Sizes, estimate
 from gapfx.masks import unpack
-from gapfx.plan import Phase
+from gapfx.plan import Phase, Plan
 from gapfx.runtime import loop
 from gapfx.runtime.grow_prune import PrunedWeight
 from gapfx.runtime.state import TrainState, whole
@@ -26,6 +27,7 @@ class Boundary:
     """All weights, and the masks in force: where a phase's training begins, where it ends, and after its prune."""
 
     phase: Phase
+    num_aside: int = 0
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
 
@@ -41,7 +43,7 @@ def phases(monkeypatch: pytest.MonkeyPatch) -> list[Boundary]:
     trains, prunes = loop.train_phase, loop.prune_phase
 
     def trained(run: PhaseRun, state: TrainState) -> frozenset[str]:
-        seen.append(Boundary(run.phase))
+        seen.append(Boundary(run.phase, sum(value.numel() for value in state.aside.values())))
         seen[-1].note("start", state)
         fqns = trains(run, state)
         seen[-1].note("stop", state)
@@ -97,6 +99,16 @@ def test_saved_growth_brings_back_what_the_prunes_since_the_last_growth_have_tak
             taken = each.values["stop"][fqn] * (each.masks["start"][fqn] & ~mask)
             saved[fqn] = saved[fqn] + taken if fqn in saved else taken
     assert num_back > 1000
+
+
+@pytest.mark.parametrize("flags", [("imp",), ("gap", "--growth", "saved"), ("acdc", "--growth", "saved")])
+def test_a_forecast_counts_what_is_kept_aside(flags: tuple[str, ...], tmp_path: Path, phases: list[Boundary]) -> None:
+    run = train(tmp_path / "run", "--method", *flags)
+    plan = Plan.load(run / "plan.json")
+    sizes = Sizes.of(plan, sum(value.numel() for value in weights(run).values()))
+    told = [each.rank.aside / 4 for each in estimate(plan, sizes, Setup())]
+    assert told == [each.num_aside for each in phases]
+    assert max(told) > 0
 
 
 def test_growth_from_zero_keeps_nothing_aside(tmp_path: Path, phases: list[Boundary]) -> None:
