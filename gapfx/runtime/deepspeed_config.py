@@ -39,6 +39,8 @@ REFUSED = {
     "pipeline": "a pipeline needs its own module class",
     "sparse_gradients": "gradients of live values are dense vectors",
     "compression_training": "gapfx decides what is pruned",
+    "data_types.buffer_dtype": "the finished model would hold rounded buffers; they stay fp32",
+    "data_types.param_dtype": "--dtype decides, and evaluations are in fp32",
     "elasticity": "start ranks with torchrun and continue with --resume at any number of ranks",
     "checkpoint": "gapfx writes its own checkpoints",
     "data_efficiency": "gapfx's feed decides the order of samples",

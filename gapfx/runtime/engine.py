@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gapfx.errors import UserError
 from gapfx.ops.recompute import without_dense
 from gapfx.runtime.deepspeed_config import deepspeed_config, own_config, without_flags
+from gapfx.runtime.fp32_buffers import telling_of_buffers
 from gapfx.runtime.memory import release_free_memory
 from gapfx.runtime.optimizers import Numbers, OptimizerFactory, check_optimizer, counted, make_optimizer, numbers_in
 from gapfx.runtime.rendezvous import init_method
@@ -240,7 +241,8 @@ class Engine:
         return StepResult(float(torch.stack(losses).mean()), math.nan if norm is None else _finite_or_infinite(norm))
 
     def _forward(self, batch: Any, loss: LossFunction) -> object:
-        with without_dense() if self.options.is_live else nullcontext():
+        telling = telling_of_buffers(self.module) if self.options.dtype == "bf16" else nullcontext()
+        with telling, without_dense() if self.options.is_live else nullcontext():
             return loss(self._deepspeed, batch)
 
     def _backward(self, value: object) -> Tensor:
