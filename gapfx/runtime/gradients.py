@@ -20,7 +20,7 @@ def dense_gradients(run: PhaseRun, state: TrainState, groups: Iterable[int]) -> 
 
     By a step on the batch that the next step trains on, in an engine that holds these groups dense and whose optimizer
     puts gradients in the place of weights: so they come back to the bit, however small beside the weight, at any ZeRO
-    stage. The memory is that of a phase in which they grow. The state stays as it is.
+    stage; a frozen weight has 0. The memory is that of a phase in which they grow. The state stays as it is.
     """
     groups = tuple(groups)
     job = replace(run.job, optimizer=_Reveal, engine=replace(run.job.engine.beside_flags(), clip=0.0))
@@ -34,12 +34,15 @@ def dense_gradients(run: PhaseRun, state: TrainState, groups: Iterable[int]) -> 
     )
     grow(probe, job.plan, groups)
     engine = open_engine(replace(run, job=job), probe)
+    trained = frozenset(engine.trained)
     try:
         descend(run, engine, state.step)
         take_state(engine, probe, is_last=True, with_optimizer=False)
     finally:
         engine.close()
-    return {weight.fqn: probe.weights[weight.fqn] for group in groups for weight in job.plan.groups[group].weights}
+    planned = [weight.fqn for group in groups for weight in job.plan.groups[group].weights]
+    found = {fqn: probe.weights[fqn] for fqn in planned}
+    return {fqn: value if fqn in trained else torch.zeros_like(value) for fqn, value in found.items()}
 
 
 class _Reveal(torch.optim.Optimizer):

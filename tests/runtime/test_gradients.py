@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,8 @@ Found = dict[str, Tensor]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
-    """Gradients at the start of a run that stops there: the runtime's, those of a small loss, and those of torch."""
+    """Gradients at the start of a run that stops there: the runtime's, those of a small loss, those of torch, those
+    with a frozen stem."""
     found: list[Found] = []
 
     def watched(run: PhaseRun, state: TrainState, groups: Iterable[int]) -> Found:
@@ -37,6 +39,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Found]:
         found.append(dense_gradients(replace(run, job=replace(run.job, loss=small)), state, groups))
         assert all(torch.equal(state.weights[fqn], value) for fqn, value in before.items())
         found.append(plain_gradients(run, state))
+        skeleton = copy.deepcopy(run.skeleton)
+        skeleton.get_parameter("stem.weight").requires_grad_(False)
+        found.append(dense_gradients(replace(run, skeleton=skeleton), state, groups))
         raise Interrupted("enough")
 
     monkeypatch.setattr(loop, "dense_gradients", watched)
@@ -59,10 +64,11 @@ def test_they_are_those_of_torch_and_keep_every_bit_however_small_the_loss(
 ) -> None:
     flags = ("--method", "snip", "--zero", zero, "--dtype", dtype)
     assert gapfx("sparsify", TASK, "--out", tmp_path / "run", *flags) == 130
-    ours, small, plain = seen
+    ours, small, plain, frozen = seen
     assert len(ours) == 8
     for fqn, gradient in ours.items():
         assert gradient.any()
         assert torch.equal(small[fqn] / SCALE, gradient)
         off = (gradient - plain[fqn]).abs().max() / plain[fqn].abs().max()
         assert off <= (1e-5 if dtype == "fp32" else 0.05), fqn
+        assert bool(frozen[fqn].any()) == (fqn != "stem.weight")
