@@ -220,7 +220,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_with_its_weight_named(
         return {fqn: gradient.fill_(math.nan) for fqn, gradient in found(*arguments).items()}
 
     monkeypatch.setattr(rewire, "dense_gradients", spoiled)
-    code = gapfx("sparsify", TASK, "--out", tmp_path / "run", *FLAGS, "--method", "rigl")
+    code = gapfx("sparsify", TASK, "--out", tmp_path / "run", *FLAGS, *METHODS["rigl"])
     assert code == DivergedError.exit_code
     assert re.search(r"\d+ of \d+ scores of stem.weight are NaN at step 8\n", capsys.readouterr().err)
 
