@@ -116,6 +116,27 @@ def test_a_coarser_pattern_has_to_win_by_a_fifth(finest: float, four: float, six
     assert {w.pattern for w in not_taken.weights()} == {"unstructured"}
 
 
+class Experts(nn.Module):
+    """Two experts, of which the second is sent nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x[:0])])
+
+
+def test_an_expert_that_was_sent_nothing_has_no_time_to_compare() -> None:
+    pipeline = default_pipeline(partition=Partition(groups=1), allocate=AllocateSparsity(0.75))
+    unit = pipeline.run(Unit(captured(Experts(), torch.randn(4, 64))))
+    LowerCompact().apply(unit)
+    choices = unit.fact(ChooseKernels())
+    assert [len(choices.by_weight[fqn].cases) for fqn in ("first.weight", "second.weight")] == [1, 0]
+    plan = choices.on(unit.latest(AllocateSparsity))
+    assert [weight.kernel for weight in plan.weights()] == ["expand", "expand"]
+
+
 def test_without_measuring_a_weight_stays_unstructured() -> None:
     unit = a_unit(0.9)
     choices = unit.fact(ChooseKernels(calibrate=False, blocks=True))
