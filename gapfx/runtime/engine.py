@@ -23,6 +23,7 @@ from gapfx.runtime.fp32_buffers import telling_of_buffers
 from gapfx.runtime.memory import release_free_memory
 from gapfx.runtime.optimizers import Numbers, OptimizerFactory, check_optimizer, counted, make_optimizer, numbers_in
 from gapfx.runtime.rendezvous import init_method
+from gapfx.runtime.same_weights import SameWeights
 from gapfx.runtime.shards import EvenShards, FlatShards, Shards, WholeShards, numel_of, scalars
 from gapfx.runtime.teams import Team, all_in_one_team
 
@@ -223,6 +224,7 @@ class Engine:
         self.shards: Shards = _shards(zero, options.zero_stage, team.peers.rank)
         self.around: Callable[[], AbstractContextManager[object]] = nullcontext
         self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._same = SameWeights.of(self.trained, team.peers, options.zero_stage)
         self._made = [numbers_in(group) for group in self.optimizer.param_groups]
 
     def train_step(self, batches: Iterable[Any], loss: LossFunction, lr_factor: float) -> StepResult:
@@ -251,6 +253,8 @@ class Engine:
             raise UserError(
                 f"loss(model, batch) returned {got}", fix="return the mean loss as one number with a gradient"
             )
+        if self._same is not None:
+            self._same.check(value, is_last=self._deepspeed.is_gradient_accumulation_boundary())
         self._deepspeed.backward(value)
         return value.detach().float().flatten()
 

@@ -20,7 +20,10 @@ Place = Callable[[nn.Parameter], None]
 
 def put_bits(module: nn.Module, weight: Weight, bits: Tensor, place: Place | None) -> None:
     """Give a weight, by all its names, its packed mask: as buffers, or with `place` as one parameter that it cuts."""
-    homes = [mask_home(module, fqn) for fqn in (weight.fqn, *weight.aliases)]
+    found = [mask_home(module, fqn) for fqn in (weight.fqn, *weight.aliases)]
+    homes = list(
+        {(id(home), name): (home, name) for home, name in found}.values()
+    )  # a module may have two names itself
     for home, name in homes:
         delattr(home, name)
     if place is None:

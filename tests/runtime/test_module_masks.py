@@ -19,7 +19,7 @@ from gapfx.runtime.engine import EngineOptions
 from gapfx.runtime.exchange import take_state
 from gapfx.runtime.feed import Feed
 from gapfx.runtime.loop import initial_state
-from gapfx.runtime.module_masks import whole_bits_of
+from gapfx.runtime.module_masks import put_bits, whole_bits_of
 from gapfx.runtime.skeleton import skeleton_of
 from gapfx.runtime.steps import Job, PhaseRun, open_engine
 from gapfx.runtime.teams import all_in_one_team
@@ -91,3 +91,15 @@ def test_a_mask_that_was_changed_in_the_model_is_found(zero: int, tmp_path: Path
     with pytest.raises(AuditError, match=r"^the mask of 0.weight was changed in the model on rank 0 at step 0"):
         take_state(engine, state, is_last=True)
     engine.close()
+
+
+def test_a_layer_that_stands_in_a_list_many_times_is_masked_once(tmp_path: Path) -> None:
+    """As in ALBERT: the module has three names, and so has its weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 24)
+    sparse = gapfx.sparsify(nn.Sequential(*[layer] * 3), (torch.randn(2, 24),), sparsity=0.75, groups=1)
+    (weight,) = sparse.plan.weights()
+    assert weight.aliases == ("1.weight", "2.weight")
+    bits = pack(torch.rand(24, 24) > 0.5)
+    put_bits(sparse.module, weight, bits, None)
+    assert torch.equal(bits_of(sparse.module, "0.weight"), bits)
