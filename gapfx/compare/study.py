@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -14,9 +15,17 @@ from gapfx.direction import is_lower_better
 from gapfx.errors import UserError
 from gapfx.method_settings import check_read
 from gapfx.schedule import SCHEDULES
+from gapfx.settings import Settings
 
 Budget = Literal["epochs", "flops"]
 CONTROL = "dense"
+SETTING_NAMES = tuple(each.name for each in dataclasses.fields(Settings))
+_OWN = {
+    "method": "methods, and method in a table [method.NAME]",
+    "sparsity": "sparsities",
+    "seed": "seeds",
+    "test": "test",
+}
 _KEYS = (
     "task",
     "entry",
@@ -151,8 +160,8 @@ def read_study(path: Path) -> Study:
         contenders=tuple(_contender(name, own.get(name, {}), where) for name in names),
         sparsities=tuple(float(value) for value in _list(facts, "sparsities", (int, float), where)),
         seeds=tuple(_list(facts, "seeds", int, where)),
-        budgets=cast(tuple[Budget, ...], tuple(facts.get("budgets", get_args(Budget)))),
-        settings=_table(facts, "settings", path),
+        budgets=tuple(_list(facts, "budgets", str, where)) if "budgets" in facts else get_args(Budget),
+        settings=_settings(_table(facts, "settings", path), f"{where}: [settings]"),
         flops=_number(facts.get("flops", 1.0), "flops", where),
         test=_flag(facts.get("test", False), "test", where),
         subject=_text(facts, "subject", where) if "subject" in facts else "",
@@ -171,9 +180,24 @@ def _contender(name: str, own: object, where: str) -> Contender:
         raise UserError(f"method.{name} is no table", where=where, fix=f"write [method.{name}]")
     settings = dict(cast(dict[str, Any], own))
     method = settings.pop("method", name)
+    _settings(settings, f"{where}: [method.{name}]")
     SCHEDULES[method]  # raises for a method that there is not
     check_read(method, settings, f"{where}: [method.{name}]")
     return Contender(name, method, settings)
+
+
+def _settings(given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The given settings, each of them one of a run that the study does not give itself."""
+    for name in given:
+        if name in _OWN:
+            raise UserError(f"{name} is for the study to say", where=where, fix=f"take it out: see {_OWN[name]}")
+        if name not in SETTING_NAMES:
+            near = difflib.get_close_matches(name, SETTING_NAMES, n=1)
+            fix = (
+                f"did you mean {near[0]!r}?" if near else "`gapfx sparsify --help` names all: phase_epochs, groups, ..."
+            )
+            raise UserError(f"there is no setting {name!r}", where=where, fix=fix)
+    return given
 
 
 def _tuning(facts: Mapping[str, Any], where: str) -> Tuning:
@@ -184,7 +208,13 @@ def _tuning(facts: Mapping[str, Any], where: str) -> Tuning:
             fix="write lr_scale = [0.5, 1, 2], sparsity = 0.9 and seed = 100",
         )
     scales = tuple(_number(scale, "tune.lr_scale", where) for scale in _list(facts, "lr_scale", (int, float), where))
-    return Tuning(scales, _number(facts["sparsity"], "tune.sparsity", where), int(facts["seed"]))
+    return Tuning(scales, _number(facts["sparsity"], "tune.sparsity", where), _seed(facts["seed"], where))
+
+
+def _seed(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"tune.seed is {value!r}", where=where, fix="give a whole number, such as 100")
+    return value
 
 
 def _check(study: Study, where: str) -> None:
@@ -194,7 +224,8 @@ def _check(study: Study, where: str) -> None:
     tune = study.tune
     if any(not 0 < sparsity < 1 for sparsity in (*study.sparsities, *([tune.sparsity] if tune else []))):
         raise UserError(f"sparsities are {list(study.sparsities)}", where=where, fix="each is in (0, 1), such as 0.9")
-    lists = {"methods": study.contenders, "seeds": study.seeds, "sparsities": study.sparsities}
+    lists: dict[str, Sequence[object]] = {"methods": study.contenders, "budgets": study.budgets}
+    lists |= {"seeds": study.seeds, "sparsities": study.sparsities}
     lists |= {"tune.lr_scale": tune.lr_scale} if tune else {}
     for key, values in lists.items():
         if len(set(map(repr, values))) < len(values) or not values:
@@ -234,9 +265,13 @@ def _text(facts: Mapping[str, Any], key: str, where: str) -> str:
 
 def _list(facts: Mapping[str, Any], key: str, kind: Any, where: str) -> list[Any]:
     value = facts.get(key)
-    if not isinstance(value, list) or not all(isinstance(each, kind) for each in cast(list[Any], value)):
+    if not isinstance(value, list) or not all(_is_a(kind, each) for each in cast(list[Any], value)):
         raise UserError(f"{key} is {value!r}", where=where, fix=f"write {key} = [...]")
     return cast(list[Any], value)
+
+
+def _is_a(kind: Any, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which Python takes for a number
 
 
 def _table(facts: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:

@@ -144,3 +144,26 @@ def test_a_mistake_is_one_message(old: str, new: str, message: str, tmp_path: Pa
 def test_a_file_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the study cannot be read"):
         read_study(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", "seeds = [0, 1]\nbudgets = 3", "budgets is 3"),
+        ("seeds = [0, 1]", 'seeds = [0, 1]\nbudgets = ["epochs", "epochs"]', "budgets are empty or name one twice"),
+        ("seeds = [0, 1]", "seeds = [true]", "seeds is [True]"),
+        ("rounds = 2", "round = 2", "there is no setting 'round'\n  where: {where}: [settings]\n  to do: did you mean"),
+        (
+            "rounds = 2",
+            "seed = 3",
+            "seed is for the study to say\n  where: {where}: [settings]\n  to do: take it out: see seeds",
+        ),
+        ('state = "carry"', "phase_epoch = 2", "there is no setting 'phase_epoch'\n  where: {where}: [method.kept]"),
+        ('state = "carry"', "sparsity = 0.3", "sparsity is for the study to say\n  where: {where}: [method.kept]"),
+        ("rounds = 2", 'rounds = 2\n[tune]\nlr_scale = [1]\nsparsity = 0.9\nseed = "x"', "tune.seed is 'x'"),
+    ],
+)
+def test_what_would_show_only_after_hours_is_told_at_once(old: str, new: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told:
+        read(tmp_path, GOOD.replace(old, new))
+    assert message.format(where=tmp_path / "study.toml") in str(told.value)
