@@ -33,7 +33,7 @@ from gapfx.runtime.checkpoint import check_model, load_checkpoint
 from gapfx.runtime.engine import EngineOptions, check_config, compute_dtype, optimizer_for, process_group
 from gapfx.runtime.evaluation import Evaluate
 from gapfx.runtime.feed import Feed, blaming_data, is_map_style, whole_loader
-from gapfx.runtime.learning_rate import scaled, warmup_cosine
+from gapfx.runtime.learning_rate import factor_at, scaled, warmup_cosine
 from gapfx.runtime.loop import initial_state, train
 from gapfx.runtime.memory import keep_activations_alone, largest_activation, returning_memory
 from gapfx.runtime.paged import in_files
@@ -96,6 +96,7 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
     plan = with_phases(compiled.plan, settings, feed.steps_per_epoch)
     job = _job(task, settings, run, feed, dataclasses.replace(compiled, plan=plan))
     optimizer_for(job.module, job.optimizer, job.engine)
+    factor_at(0, plan.phases[0], plan.num_steps, job.lr)
     # Made only now, so that a mistake that shows up to here leaves nothing behind.
     on_rank_0(
         lambda: None if request.resume else run.create(settings, plan, (task.path, task.entry), force=request.force)

@@ -291,7 +291,7 @@ def check_scores(score: Tensor, fqn: str, state: TrainState, peers: Peers) -> No
     if num_nan:
         raise DivergedError(
             f"{num_nan} of {state.layout[fqn].numel} scores of {fqn} are NaN at step {state.step}",
-            fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
+            fix="lower the learning rate in a new run (--lr-scale 0.5), or mend the data and continue with --resume",
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from gapfx.errors import TaskError
 from gapfx.plan import Phase
 
 LrFactor = Callable[[int, int], float]
@@ -20,8 +22,18 @@ def warmup_cosine(step: int, num_steps: int) -> float:
 
 
 def scaled(factor: LrFactor, scale: float) -> LrFactor:
-    """The factor times `scale`, at every step."""
-    return lambda step, num_steps: scale * factor(step, num_steps)
+    """The factor times `scale`, at every step. Raises TaskError for a factor that is no number from 0 up."""
+
+    def at(step: int, num_steps: int) -> float:
+        value: Any = factor(step, num_steps)  # a task may return anything
+        if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < math.inf:
+            raise TaskError(
+                f"lr({step}, {num_steps}) returned {value!r:.80}",
+                fix="return what the optimizer's learning rate is multiplied by: a number, 0 or more",
+            )
+        return scale * value
+
+    return at
 
 
 def factor_at(step: int, phase: Phase, num_steps: int, factor: LrFactor) -> float:

@@ -252,7 +252,7 @@ def _agree(team: Team, loss: float, stop: bool, step: int, seconds: float) -> tu
         whose = " of another replica" if math.isfinite(mean) else ""
         raise DivergedError(
             f"the loss{whose} is {told} at step {step}{', or a gradient is' if math.isinf(told) else ''}",
-            fix="lower the learning rate or check the data, then continue from the newest checkpoint with --resume",
+            fix="lower the learning rate in a new run (--lr-scale 0.5), or mend the data and continue with --resume",
         )
     return mean, float(facts[1]) > 0, float(facts[3]) > LONG_STEP_SECONDS * Peers.all().size
 

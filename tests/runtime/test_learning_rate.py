@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gapfx.errors import TaskError
 from gapfx.plan import Phase
-from gapfx.runtime.learning_rate import factor_at, warmup_cosine
+from gapfx.runtime.learning_rate import factor_at, scaled, warmup_cosine
+from tests.runs import TASK, gapfx
 
 
 @given(st.integers(1, 5000))
@@ -48,3 +53,18 @@ def test_a_part_of_a_schedule_goes_on_where_the_other_part_ended() -> None:
     whole = [warmup_cosine(step, 40) for step in range(40)]
     assert [factor_at(step, early if step < 4 else rest, 90, warmup_cosine) for step in range(40)] == whole
     assert [factor_at(step, again, 90, warmup_cosine) for step in range(40, 76)] == whole[4:]
+
+
+@pytest.mark.parametrize("value", [None, "0.1", math.nan, math.inf, -1.0, True])
+def test_a_factor_that_is_no_number_from_zero_up_is_named(value: Any) -> None:
+    with pytest.raises(TaskError, match=re.escape(f"lr(3, 10) returned {value!r}")):
+        scaled(lambda step, num_steps: value, 2.0)(3, 10)
+    assert scaled(lambda step, num_steps: 0, 2.0)(3, 10) == 0
+
+
+def test_a_wrong_factor_is_told_before_there_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tmp_path / "task.py"
+    task.write_text(TASK.read_text() + "\n\ndef lr(step, num_steps):\n    return None\n")
+    assert gapfx("sparsify", task, "--out", tmp_path / "run") == 2
+    assert "lr(0, " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
