@@ -83,11 +83,11 @@ def _run_in_group(task: Task, settings: Settings, request: Request) -> dict[str,
     on_rank_0(lambda: _check_run(run, settings, request))
     plan = saved = run.saved_plan() if request.resume else None
     run.check_plan(request.plan, saved)
-    if plan is None and request.plan is not None:
-        plan = Plan.load(request.plan)
+    given = Plan.load(request.plan) if request.plan else None
+    plan = plan or given
     feed = make_feed(task, settings, _rank(), torch.distributed.get_world_size())
-    if request.plan is not None:
-        check_flags(Plan.load(request.plan), settings, feed.steps_per_epoch, request.flags, str(request.plan))
+    if given is not None:
+        check_flags(given, settings, feed.steps_per_epoch, request.flags, str(request.plan))
     check_config(engine_options(settings, feed), feed.world_size)  # a mistake in it is told now
     # What kernels a run has is in its plan: nothing is measured again.
     asked = dataclasses.replace(settings, kernels="auto") if saved else settings
